@@ -1,0 +1,265 @@
+"""Supervised training of a classifier: from pretrained weights, or from scratch as the baseline."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from emssl_hf.augment import Augmenter, erase, mix, to_unit
+from emssl_hf.data.curation import few_labels
+from emssl_hf.data.store import Batch, Store, batches
+from emssl_hf.engine.config import FinetuneConfig
+from emssl_hf.engine.loop import make_accelerator, on_main, train
+from emssl_hf.engine.metrics import classification_figures
+from emssl_hf.engine.pretrain import geometry_of
+from emssl_hf.engine.run_folder import RunFolder
+from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
+from emssl_hf.errors import EmsslError
+from emssl_hf.models import View
+from emssl_hf.models.backbone import SIZES, build_backbone, load_backbone, to_channels
+from emssl_hf.models.drop_path import add_drop_path
+from emssl_hf.models.image_processing import stock_processor
+from emssl_hf.randomness import sample_keys, step_seed
+
+BEST = "best.safetensors"
+
+
+class Finetuning:
+    """The job that `loop.train` runs: labelled batches, augmentation, cross-entropy, validation."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: ViTForImageClassification,
+        stores: dict[str, Store],
+        folder: RunFolder,
+    ) -> None:
+        self.config, self.model, self.stores, self.folder = config, model, stores, folder
+        self.store = stores["train"]
+        self.samples, self.data_key = len(self.store), f"{self.store.path.name}-{len(self.store)}"
+        self.depth: int = model.config.num_hidden_layers
+        self.state: dict[str, Any] = {"best": -1.0, "best_epoch": 0}
+        self.mean, self.std = self.store.mean, self.store.std
+        self.classes = len(self.store.label_names or [])
+        self.augment = Augmenter([self._view()], self.mean, self.std, geometry=geometry_of(config.augment))
+        self.accelerator: Accelerator | None = None
+
+    def _view(self) -> View:
+        config = self.config.augment
+        return View(
+            size=input_size(self.config.model),
+            scale=config.scale or (0.2, 1.0),
+            brightness=config.brightness or 0.0,
+            contrast=config.contrast or 0.0,
+            blur_probability=config.blur_probability or 0.0,
+            solarize_probability=config.solarize_probability or 0.0,
+        )
+
+    def batches(self, epoch: int, rank: int, world: int) -> Iterator[Batch]:
+        return batches(
+            self.store,
+            batch_size=self.config.train.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            rank=rank,
+            world=world,
+        )
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config, keys = self.config.augment, sample_keys(self.config.seed, epoch, batch.indices)
+        pixels = self.augment(batch.images, batch.extents, keys)
+        if config.erasing:
+            pixels = erase(pixels, keys, config.erasing)
+        smoothing = self.config.train.label_smoothing
+        targets = F.one_hot(batch.labels, self.classes).float() * (1 - smoothing) + smoothing / self.classes
+        generator = torch.Generator().manual_seed(step_seed(self.config.seed, epoch, int(batch.indices[0])))
+        pixels, targets = mix(pixels, targets, mixup=config.mixup, cutmix=config.cutmix, generator=generator)
+        logits = model(pixels).logits
+        return F.cross_entropy(logits.float(), targets), {}
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do between steps."""
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Accuracy and macro-F1 on the validation split; the best model so far is kept."""
+        figures = classification_figures(
+            self.predict("validation").argmax(1), self.stores["validation"].labels, self.classes
+        )
+        if figures["accuracy"] > self.state["best"]:
+            self.state.update(best=figures["accuracy"], best_epoch=epoch + 1)
+            if self.accelerator is None or self.accelerator.is_main_process:
+                save_file(self.model.state_dict(), self.folder.path / BEST)
+        return {f"validation_{name}": figures[name] for name in ("accuracy", "macro_f1")}
+
+    def predict(self, split: str) -> NDArray[np.float32]:
+        """Class probabilities (N, K) of a split, each process computing its share."""
+        store, accelerator = self.stores[split], self.accelerator
+        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        edges = [len(store) * part // world for part in range(world + 1)]
+        mine = classify(self.model, store, self.mean, self.std, rows=range(edges[rank], edges[rank + 1]))
+        return np.concatenate(gather_object([mine])) if world > 1 else mine
+
+
+@torch.no_grad()
+def classify(
+    model: ViTForImageClassification,
+    store: Store,
+    mean: float,
+    std: float,
+    *,
+    rows: range,
+    batch_size: int = 256,
+) -> NDArray[np.float32]:
+    """Class probabilities of stored images that have the model's input size."""
+    found = [np.zeros((0, model.config.num_labels), np.float32)]
+    for start in range(rows.start, rows.stop, batch_size):
+        images, _ = store.gather(np.arange(start, min(start + batch_size, rows.stop)))
+        pixels = (to_unit(images.to(model.device)) - mean) / std
+        logits = model(pixels.expand(-1, model.config.num_channels, -1, -1)).logits
+        found.append(logits.float().softmax(1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune as the settings say; returns the run folder with `classifier/` and the test figures.
+
+    The test split is touched once, at the end, by the selected model. Raises EmsslError in one sentence.
+    """
+    accelerator = make_accelerator(config.train, config.output_dir)
+    folder = RunFolder(config, "finetune")
+    on_main(accelerator, folder.prepare)
+    if on_main(accelerator, lambda: folder.finished):
+        accelerator.print(f"{folder.path} is finished; nothing to do (--overwrite true starts anew)")
+        return folder.path
+    with accelerator.local_main_process_first():
+        stores = labelled_stores(open_source(config.data, accelerator), config)
+    model = build_classifier(config, stores["train"].label_names or [], accelerator)
+    job = Finetuning(config, model, stores, folder)
+    job.accelerator = accelerator
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.train.compile:
+        model.compile()
+    if config.train.tracker:
+        accelerator.init_trackers("emssl_hf")
+    figures = train(job, accelerator, folder)
+    close(job, accelerator, figures)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder.path
+
+
+def labelled_stores(source: Source, config: FinetuneConfig) -> dict[str, Store]:
+    """train (the drawn labels, with room for crops), validation and test (at the model's input size)."""
+    splits = source.labelled_splits()
+    size = input_size(config.model)
+    train_store = source.store(splits["train"], training_resolution(config.data, config.model))
+    if config.labels_per_class is not None:
+        drawn = few_labels(train_store.labels, config.labels_per_class, config.seed, groups=list(train_store.groups))
+        train_store = train_store.subset(drawn)
+    stores = {"train": train_store}
+    for split in ("validation", "test"):
+        stores[split] = source.store(splits[split], size)
+    return stores
+
+
+def build_classifier(
+    config: FinetuneConfig, label_names: list[str], accelerator: Accelerator
+) -> ViTForImageClassification:
+    """A stock classifier on one grey channel, from `model.init` or from the seed, with drop path."""
+    try:
+        torch.manual_seed(config.seed)
+        backbone_config, state = _backbone(config, accelerator)
+        names = dict(enumerate(label_names))
+        settings = {
+            **backbone_config.to_dict(),
+            "id2label": names,
+            "label2id": {n: i for i, n in names.items()},
+        }
+        model = ViTForImageClassification(ViTConfig(**settings))
+        model.vit.load_state_dict(state)
+    except (ValueError, TypeError) as error:
+        raise EmsslError(" ".join(str(error).split())) from error
+    nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
+    nn.init.zeros_(model.classifier.bias)
+    add_drop_path(model, config.train.drop_path)
+    return model
+
+
+def _backbone(config: FinetuneConfig, accelerator: Accelerator) -> tuple[ViTConfig, dict[str, Tensor]]:
+    size = input_size(config.model)
+    if config.model.init:
+        backbone, notes = load_backbone(config.model.init, channels=1, image_size=size)
+        accelerator.print(f"backbone from {config.model.init} ({'; '.join(notes) or 'unchanged'}); new: classifier")
+        return backbone.config, backbone.state_dict()
+    settings = {
+        **SIZES[config.model.size],
+        "image_size": size if size[0] != size[1] else size[0],
+        "patch_size": config.model.patch_size,
+        "num_channels": 1,
+        "layer_norm_eps": 1e-6,
+        "encoder_stride": config.model.patch_size,
+    }
+    options = dict(config.model.options)
+    temperature = options.pop("position_temperature", 10000.0)
+    unknown = sorted(set(options) - set(ViTConfig().to_dict()))
+    if unknown:
+        raise ValueError(f"ViTConfig has no setting '{unknown[0]}' (from model.options).")
+    backbone = build_backbone(ViTConfig(**{**settings, **options}), temperature=temperature)
+    return backbone.config, backbone.state_dict()
+
+
+def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) -> None:
+    """Score the selected model on the test split, once, and write what the run leaves behind."""
+    folder = job.folder.path
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _publish(job, folder / "classifier_last")
+    if job.config.select == "best" and (folder / BEST).exists():
+        job.model.load_state_dict(load_file(folder / BEST))
+    job.model.eval()
+    test = job.stores["test"]
+    scores = job.predict("test")
+    result = classification_figures(scores.argmax(1), test.labels, job.classes)
+    if accelerator.is_main_process:
+        _publish(job, folder / "classifier")
+        _write_predictions(folder / "predictions.csv", test, scores)
+        summary = {
+            "job": "finetune",
+            "images": job.samples,
+            "classes": test.label_names,
+            "mean": job.mean,
+            "std": job.std,
+            "validation_accuracy": job.state["best"],
+            "best_epoch": job.state["best_epoch"],
+            **figures,
+            "test": result,
+        }
+        job.folder.finish(summary)
+        (folder / BEST).unlink(missing_ok=True)
+    accelerator.print(f"test accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {len(test)} images")
+
+
+def _publish(job: Finetuning, folder: Path) -> None:
+    to_channels(job.model.cpu(), 3).save_pretrained(folder)
+    stock_processor(input_size(job.config.model), job.mean, job.std).save_pretrained(folder)
+    job.model.to(job.accelerator.device if job.accelerator else "cpu")
+
+
+def _write_predictions(file: Path, store: Store, scores: NDArray[np.float32]) -> None:
+    names = store.label_names or []
+    lines = [",".join(["id", "group", "label", "predicted", *(f"score_{name}" for name in names)])]
+    for row, score in enumerate(scores):
+        values = [f"{value:.6f}" for value in score]
+        truth, predicted = names[store.labels[row]], names[int(score.argmax())]
+        lines.append(",".join([str(store.ids[row]), str(store.groups[row]), truth, predicted, *values]))
+    file.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,127 @@
+"""The folder of a run: its recipe, its metrics, and the rules for coming back to it."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emssl_hf.engine.config import result_settings, to_dict, to_yaml
+from emssl_hf.errors import EmsslError
+
+#: Written last: the run has ended and its products are whole.
+DONE = "finished.json"
+
+
+class RunFolder:
+    """`output_dir` of a run, opened for writing.
+
+    Raises EmsslError where the folder cannot be written, or holds a run of other result-affecting settings.
+    """
+
+    def __init__(self, config: Any, job: str) -> None:
+        self.path = Path(config.output_dir)
+        self.config = config
+        self.job = job
+
+    def prepare(self) -> None:
+        """Make the folder, or check that the run which it holds is this one. Called by one process only."""
+        try:
+            if self.config.overwrite and (self.path / "run.yaml").exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._check_same_run()
+            self._write_atomically("run.yaml", _header(self.job) + to_yaml(self.config))
+        except OSError as error:
+            raise EmsslError(
+                f"The output folder {self.path} cannot be written ({error.strerror}): choose another --output_dir."
+            ) from error
+
+    def _check_same_run(self) -> None:
+        recipe = self.path / "run.yaml"
+        if not recipe.exists():
+            if any(self.path.iterdir()):
+                raise EmsslError(
+                    f"The output folder {self.path} is not empty and holds no run: choose an empty or new --output_dir."
+                )
+            return
+        stored, mine = _flatten(yaml.safe_load(recipe.read_text())), _flatten(to_dict(self.config))
+        keys = result_settings(self.config)
+        different = sorted(key for key in keys if stored.get(key) != mine.get(key))
+        if different:
+            changes = ", ".join(f"{key} ({stored.get(key)} there, {mine.get(key)} here)" for key in different)
+            raise EmsslError(
+                f"{self.path} holds a run with other settings: {changes}. Choose another --output_dir to keep both, "
+                "or give --overwrite true to delete that run and start anew."
+            )
+
+    def _write_atomically(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier run with these settings came to its end."""
+        return (self.path / DONE).exists()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as ended, with its closing figures."""
+        self._write_atomically(DONE, json.dumps(summary, indent=1))
+
+    def summary(self) -> dict[str, Any]:
+        """The closing figures of a finished run."""
+        return read_summary(self.path)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The closing figures of the finished run in `path`."""
+    summary: dict[str, Any] = json.loads((path / DONE).read_text())
+    return summary
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    file = path / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class MetricsWriter:
+    """Appends to metrics.jsonl; what lies beyond the step at which a run resumes is dropped first."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.file = path / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line; numbers only, besides the kind of the line."""
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+
+def _header(job: str) -> str:
+    return (
+        f"# emssl {job}, {time.strftime('%Y-%m-%d %H:%M')}; Python {platform.python_version()}, "
+        f"torch {_version('torch')}, transformers {_version('transformers')}\n"
+        f"# command: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
+    )
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and not prefix + key in ("data.options", "model.options")
+        flat.update(_flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
