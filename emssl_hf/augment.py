@@ -56,7 +56,8 @@ class Augmenter:
         self.geometry = geometry or Geometry()
 
     def __call__(self, images: Tensor, extents: Tensor, keys: Tensor) -> Tensor:
-        pixels = to_unit(images)
+        reach = max(view.padding / min(view.size) for view in self.views)
+        pixels = mirror_margins(to_unit(images), extents, reach)
         made = [self.one_view(pixels, extents, keys, number) for number in range(len(self.views))]
         return made[0] if len(made) == 1 else torch.stack(made, dim=1)
 
@@ -81,6 +82,27 @@ def to_unit(images: Tensor) -> Tensor:
     """Stored integers (B, H, W) as a share of full range, (B, 1, H, W) float32."""
     full = 255.0 if images.dtype == torch.uint8 else 65535.0
     return images.to(torch.float32).unsqueeze(1) / full
+
+
+def mirror_margins(pixels: Tensor, extents: Tensor, reach: float) -> Tensor:
+    """Below and right of each image in a batch (B, 1, H, W) of unequal sizes stands its mirror image, not the padding.
+
+    The batch grows by `reach`, the share of an edge by which crops look beyond it, so that none sees its end.
+    """
+    height, width = pixels.shape[-2:]
+    if bool((extents == torch.tensor([height, width], device=extents.device)).all()):
+        return pixels
+    room = math.ceil(reach * max(height, width)) + 4
+    rows, columns = _mirrored(extents[:, 0], height + room), _mirrored(extents[:, 1], width + room)
+    pixels = pixels.gather(2, rows[:, None, :, None].expand(-1, 1, -1, width))
+    return pixels.gather(3, columns[:, None, None, :].expand(-1, 1, height + room, -1))
+
+
+def _mirrored(edges: Tensor, length: int) -> Tensor:
+    """Positions 0, 1, ... along an axis (B, length), mirrored at each image's edge as often as it takes."""
+    period = 2 * edges[:, None]
+    places = torch.arange(length, device=edges.device)[None] % period
+    return torch.minimum(places, period - 1 - places)
 
 
 def crop_boxes(view: View, extents: Tensor, draws: Tensor) -> Tensor:
@@ -108,10 +130,22 @@ def crop_boxes(view: View, extents: Tensor, draws: Tensor) -> Tensor:
 
 
 def resample(pixels: Tensor, boxes: Tensor, symmetry: Tensor, view: View, interpolation: str) -> Tensor:
-    """Cut the boxes out of (B, 1, H, W), apply the symmetry and resize to the view, in one sampling."""
-    shrink = int(boxes[:, 2:].amin().item() / max(view.size))
-    if shrink >= 2:  # sampling alone would alias: average the pixels that fall together first
-        pixels, boxes = F.avg_pool2d(pixels, shrink, ceil_mode=True), boxes / shrink
+    """Cut the boxes out of (B, 1, H, W), apply the symmetry and resize to the view, in one sampling.
+
+    Where several pixels fall together they are averaged first, image by image, for sampling alone would alias.
+    """
+    shrink = (boxes[:, 2:].amin(1) / max(view.size)).long().clamp_min(1)
+    if int(shrink.max()) == 1:
+        return _sample(pixels, boxes, symmetry, view, interpolation)
+    sampled = pixels.new_empty(len(pixels), 1, *view.size)
+    for factor in shrink.unique().tolist():
+        rows = torch.nonzero(shrink == factor)[:, 0]
+        pooled = F.avg_pool2d(pixels[rows], factor, ceil_mode=True)
+        sampled[rows] = _sample(pooled, boxes[rows] / factor, symmetry[rows], view, interpolation)
+    return sampled
+
+
+def _sample(pixels: Tensor, boxes: Tensor, symmetry: Tensor, view: View, interpolation: str) -> Tensor:
     height, width = pixels.shape[-2:]
     scale = torch.stack([boxes[:, 3] / width, boxes[:, 2] / height], dim=1)
     centre = torch.stack([boxes[:, 1] + boxes[:, 3] / 2, boxes[:, 0] + boxes[:, 2] / 2], dim=1)

@@ -52,7 +52,7 @@ def _band(ground: NDArray[np.bool_], ink: NDArray[np.bool_], height: int, reache
     has_print = ink[first:last].mean() >= TEXT_SHARE
     above = ground[max(0, first - 4) : first]
     # The ground colour stops at the edge: a bright or a saturated specimen fades out instead.
-    sharp = first > 0 and ground[first + 1].mean() > 0.9 and float(above.mean(axis=1).min()) < 0.4
+    sharp = 0 < first < last - 1 and ground[first + 1].mean() > 0.9 and float(above.mean(axis=1).min()) < 0.4
     if not (has_print and sharp and _sides_are_ground(ground[first:last])):
         return None
     return _with_frame(ground, ink, first, last, reaches_edge)

@@ -53,7 +53,7 @@ def save(
         _sync(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    for old in checkpoints(run)[:-keep]:
+    for old in checkpoints(run)[: -max(1, keep)]:
         shutil.rmtree(old)
     return folder
 

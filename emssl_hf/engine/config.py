@@ -316,3 +316,9 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
             both = isinstance(value, dict) and isinstance(merged.get(key), dict)
             merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def shared_settings(config: StudyConfig) -> dict[str, Any]:
+    """The data and the model that all runs of a study have in common."""
+    model = to_dict(config.model)
+    return {"data": to_dict(config.data), "model": {key: model[key] for key in model if key != "init"}}

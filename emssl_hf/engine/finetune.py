@@ -2,23 +2,24 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from emssl_hf.augment import Augmenter, erase, mix, to_unit
 from emssl_hf.data.curation import few_labels
 from emssl_hf.data.store import Batch, Store, batches
-from emssl_hf.engine.config import FinetuneConfig
-from emssl_hf.engine.loop import make_accelerator, on_main, train
+from emssl_hf.engine.config import FinetuneConfig, ModelConfig
+from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.metrics import classification_figures
 from emssl_hf.engine.pretrain import geometry_of
 from emssl_hf.engine.run_folder import RunFolder
@@ -42,16 +43,17 @@ class Finetuning:
         model: ViTForImageClassification,
         stores: dict[str, Store],
         folder: RunFolder,
+        accelerator: Accelerator,
     ) -> None:
-        self.config, self.model, self.stores, self.folder = config, model, stores, folder
+        self.model, self.stores, self.folder, self.accelerator = model, stores, folder, accelerator
         self.store = stores["train"]
         self.samples, self.data_key = len(self.store), f"{self.store.path.name}-{len(self.store)}"
+        self.config = fit_batch(config, self.samples, accelerator)
         self.depth: int = model.config.num_hidden_layers
         self.state: dict[str, Any] = {"best": -1.0, "best_epoch": 0}
         self.mean, self.std = self.store.mean, self.store.std
         self.classes = len(self.store.label_names or [])
         self.augment = Augmenter([self._view()], self.mean, self.std, geometry=geometry_of(config.augment))
-        self.accelerator: Accelerator | None = None
 
     def _view(self) -> View:
         config = self.config.augment
@@ -96,14 +98,14 @@ class Finetuning:
         )
         if figures["accuracy"] > self.state["best"]:
             self.state.update(best=figures["accuracy"], best_epoch=epoch + 1)
-            if self.accelerator is None or self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 save_file(self.model.state_dict(), self.folder.path / BEST)
         return {f"validation_{name}": figures[name] for name in ("accuracy", "macro_f1")}
 
     def predict(self, split: str) -> NDArray[np.float32]:
         """Class probabilities (N, K) of a split, each process computing its share."""
         store, accelerator = self.stores[split], self.accelerator
-        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        rank, world = accelerator.process_index, accelerator.num_processes
         edges = [len(store) * part // world for part in range(world + 1)]
         mine = classify(self.model, store, self.mean, self.std, rows=range(edges[rank], edges[rank + 1]))
         return np.concatenate(gather_object([mine])) if world > 1 else mine
@@ -120,7 +122,7 @@ def classify(
     batch_size: int = 256,
 ) -> NDArray[np.float32]:
     """Class probabilities of stored images that have the model's input size."""
-    found = [np.zeros((0, model.config.num_labels), np.float32)]
+    found = [np.zeros((0, len(store.label_names or [])), np.float32)]
     for start in range(rows.start, rows.stop, batch_size):
         images, _ = store.gather(np.arange(start, min(start + batch_size, rows.stop)))
         pixels = (to_unit(images.to(model.device)) - mean) / std
@@ -143,8 +145,7 @@ def finetune(config: FinetuneConfig) -> Path:
     with accelerator.local_main_process_first():
         stores = labelled_stores(open_source(config.data, accelerator), config)
     model = build_classifier(config, stores["train"].label_names or [], accelerator)
-    job = Finetuning(config, model, stores, folder)
-    job.accelerator = accelerator
+    job = Finetuning(config, model, stores, folder, accelerator)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.train.compile:
@@ -162,14 +163,19 @@ def labelled_stores(source: Source, config: FinetuneConfig) -> dict[str, Store]:
     """train (the drawn labels, with room for crops), validation and test (at the model's input size)."""
     splits = source.labelled_splits()
     size = input_size(config.model)
-    train_store = source.store(splits["train"], training_resolution(config.data, config.model))
+    train_store = _labelled(source.store(splits["train"], training_resolution(config.data, config.model)))
     if config.labels_per_class is not None:
         drawn = few_labels(train_store.labels, config.labels_per_class, config.seed, groups=list(train_store.groups))
         train_store = train_store.subset(drawn)
     stores = {"train": train_store}
     for split in ("validation", "test"):
-        stores[split] = source.store(splits[split], size)
+        stores[split] = _labelled(source.store(splits[split], size))
     return stores
+
+
+def _labelled(store: Store) -> Store:
+    """The images that have a label: a labels file need not name all of them."""
+    return store if (store.labels >= 0).all() else store.subset(np.flatnonzero(store.labels >= 0))
 
 
 def build_classifier(
@@ -178,44 +184,51 @@ def build_classifier(
     """A stock classifier on one grey channel, from `model.init` or from the seed, with drop path."""
     try:
         torch.manual_seed(config.seed)
-        backbone_config, state = _backbone(config, accelerator)
+        backbone = _backbone(config, accelerator)
         names = dict(enumerate(label_names))
         settings = {
-            **backbone_config.to_dict(),
+            **backbone.config.to_dict(),
             "id2label": names,
             "label2id": {n: i for i, n in names.items()},
         }
         model = ViTForImageClassification(ViTConfig(**settings))
-        model.vit.load_state_dict(state)
-    except (ValueError, TypeError) as error:
+        model.vit.load_state_dict(backbone.state_dict())
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise EmsslError(" ".join(str(error).split())) from error
-    nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
-    nn.init.zeros_(model.classifier.bias)
+    head = cast(nn.Linear, model.classifier)
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
     add_drop_path(model, config.train.drop_path)
     return model
 
 
-def _backbone(config: FinetuneConfig, accelerator: Accelerator) -> tuple[ViTConfig, dict[str, Tensor]]:
-    size = input_size(config.model)
-    if config.model.init:
-        backbone, notes = load_backbone(config.model.init, channels=1, image_size=size)
-        accelerator.print(f"backbone from {config.model.init} ({'; '.join(notes) or 'unchanged'}); new: classifier")
-        return backbone.config, backbone.state_dict()
+def _backbone(config: FinetuneConfig, accelerator: Accelerator) -> ViTModel:
+    if not config.model.init:
+        return scratch_backbone(config.model)
+    backbone, notes = load_backbone(config.model.init, channels=1, image_size=input_size(config.model))
+    accelerator.print(f"backbone from {config.model.init} ({'; '.join(notes) or 'unchanged'}); new: classifier")
+    return backbone
+
+
+def scratch_backbone(config: ModelConfig) -> ViTModel:
+    """A ViT with fresh weights from torch's generator, initialised as for pretraining.
+
+    Raises ValueError for an option that ViTConfig does not know.
+    """
+    size, options = input_size(config), dict(config.options)
+    temperature = options.pop("position_temperature", 10000.0)
     settings = {
-        **SIZES[config.model.size],
+        **SIZES[config.size],
         "image_size": size if size[0] != size[1] else size[0],
-        "patch_size": config.model.patch_size,
+        "patch_size": config.patch_size,
+        "encoder_stride": config.patch_size,
         "num_channels": 1,
         "layer_norm_eps": 1e-6,
-        "encoder_stride": config.model.patch_size,
     }
-    options = dict(config.model.options)
-    temperature = options.pop("position_temperature", 10000.0)
     unknown = sorted(set(options) - set(ViTConfig().to_dict()))
     if unknown:
-        raise ValueError(f"ViTConfig has no setting '{unknown[0]}' (from model.options).")
-    backbone = build_backbone(ViTConfig(**{**settings, **options}), temperature=temperature)
-    return backbone.config, backbone.state_dict()
+        raise ValueError(f"A vision transformer has no setting '{unknown[0]}' (model.options).")
+    return build_backbone(ViTConfig(**{**settings, **options}), temperature=temperature)
 
 
 def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) -> None:
@@ -252,7 +265,7 @@ def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) 
 def _publish(job: Finetuning, folder: Path) -> None:
     to_channels(job.model.cpu(), 3).save_pretrained(folder)
     stock_processor(input_size(job.config.model), job.mean, job.std).save_pretrained(folder)
-    job.model.to(job.accelerator.device if job.accelerator else "cpu")
+    job.model.to(job.accelerator.device)
 
 
 def _write_predictions(file: Path, store: Store, scores: NDArray[np.float32]) -> None:

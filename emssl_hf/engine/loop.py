@@ -1,5 +1,6 @@
 """The training loop, for pretraining and fine-tuning alike. Read `train` from top to bottom."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -8,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers.utils import logging
 
 from emssl_hf.data.store import Batch
 from emssl_hf.engine import checkpoint
@@ -22,13 +25,20 @@ from emssl_hf.errors import EmsslError
 from emssl_hf.randomness import step_seed
 
 T = TypeVar("T")
+C = TypeVar("C", PretrainConfig, FinetuneConfig)
 
 
 class Job(Protocol):
     """What pretraining and fine-tuning do differently."""
 
-    config: PretrainConfig | FinetuneConfig
-    model: nn.Module
+    @property
+    def config(self) -> PretrainConfig | FinetuneConfig:
+        """The settings of the run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
     depth: int
     """Blocks of the vision transformer, for layer decay."""
     samples: int
@@ -54,11 +64,11 @@ class Job(Protocol):
 def train(job: Job, accelerator: Accelerator, folder: RunFolder) -> dict[str, float]:
     """Train `job.model` in place, resuming from the run folder's newest checkpoint; returns the closing figures.
 
-    Raises EmsslError where the batch does not divide, fits no step, or the loss stops being finite.
+    Raises EmsslError where the loss stops being finite.
     """
     config, optim = job.config.train, job.config.optim
     rank, world = accelerator.process_index, accelerator.num_processes
-    steps_per_epoch = _steps_per_epoch(job, world)
+    steps_per_epoch = job.samples // config.batch_size
     total, warmup = config.epochs * steps_per_epoch, round(optim.warmup_epochs * steps_per_epoch)
     peak = absolute_lr(optim, config.batch_size)
 
@@ -100,7 +110,7 @@ def train(job: Job, accelerator: Accelerator, folder: RunFolder) -> dict[str, fl
             core.eval()
             watch.log_evaluation(step, epoch, job.evaluate(epoch))
         if config.save_every and ((epoch + 1) % config.save_every == 0 or last):
-            watch.require_finite()
+            watch.require_finite(core)
             _save(job, accelerator, folder, core, optimizer, checkpoint.Progress(epoch + 1, step))
         watch.after_epoch(epoch)
     return watch.close()
@@ -110,12 +120,14 @@ def make_accelerator(config: TrainConfig, project: str | os.PathLike[str]) -> Ac
     """The Accelerator of a run: a GPU where there is one, else the CPU; its precision as configured."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    logging.disable_progress_bar()  # the run has its own
     on_cpu = not torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if not on_cpu and torch.cuda.is_bf16_supported() else "no"
     if precision == "fp16" and on_cpu:
         raise EmsslError("fp16 needs a GPU: choose --train.precision bf16 or no on the CPU.")
+    AcceleratorState._reset_state()  # one session may run several jobs, each with its own precision
     return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,
@@ -125,6 +137,11 @@ def make_accelerator(config: TrainConfig, project: str | os.PathLike[str]) -> Ac
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and writes for all."""
+    return PartialState().is_main_process
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
@@ -139,22 +156,27 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise EmsslError(outcome[1])
-    return outcome[0]  # type: ignore[no-any-return]
+    return outcome[0]
 
 
-def _steps_per_epoch(job: Job, world: int) -> int:
-    batch, parts = job.config.train.batch_size, world * job.config.train.accumulation
-    if batch % parts:
+def fit_batch(config: C, samples: int, accelerator: Accelerator) -> C:
+    """The settings with a batch that these images can fill: a small set gets a smaller one, and a line that says so.
+
+    The learning rate follows by the linear scaling rule. Raises EmsslError where a batch does not divide.
+    """
+    batch, parts = config.train.batch_size, accelerator.num_processes * config.train.accumulation
+    if batch < 1 or batch % parts:
         raise EmsslError(
-            f"A batch of {batch} does not divide into {world} processes x {job.config.train.accumulation} micro-steps: "
-            f"choose a --train.batch_size that is a multiple of {parts}."
+            f"A batch of {batch} does not divide into {accelerator.num_processes} processes x "
+            f"{config.train.accumulation} micro-steps: choose a --train.batch_size that is a multiple of {parts}."
         )
-    if job.samples < batch:
-        raise EmsslError(
-            f"There are {job.samples} training images, fewer than one batch of {batch}: "
-            f"choose --train.batch_size {max(1, job.samples // parts * parts)} or less."
-        )
-    return job.samples // batch
+    if samples >= batch:
+        return config
+    smaller = samples // parts * parts
+    if not smaller:
+        raise EmsslError(f"There are {samples} training images for {parts} processes x micro-steps: add images.")
+    accelerator.print(f"{samples} training images are fewer than a batch of {batch}: the batch is {smaller}")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=smaller))
 
 
 def _micro_batches(batch: Batch, accumulation: int, device: torch.device) -> Iterator[Batch]:
@@ -162,7 +184,8 @@ def _micro_batches(batch: Batch, accumulation: int, device: torch.device) -> Ite
     for start in range(0, size * accumulation, size):
         part = slice(start, start + size)
         tensors = (batch.images, batch.extents, batch.indices, batch.labels)
-        yield Batch(*(tensor[part].to(device, non_blocking=True) for tensor in tensors), batch.number)
+        images, extents, indices, labels = (tensor[part].to(device, non_blocking=True) for tensor in tensors)
+        yield Batch(images, extents, indices, labels, batch.number)
 
 
 def _announce(job: Job, accelerator: Accelerator, peak: float, total: int, done: checkpoint.Progress) -> None:
@@ -224,10 +247,13 @@ class _Watch:
         self.sums: dict[str, Tensor] = {}
         self.micro_steps = 0
         self.images = 0
-        self.total_images = 0
         self.began = self.since = time.perf_counter()
-        self.paused = 0.0
-        self.last: dict[str, Any] = {"loss": float("nan")}
+        kept = self.writer.kept if self.writer else []
+        self.before: float = kept[-1]["seconds"] if kept else 0.0
+        self.last: dict[str, Any] = next(
+            (line for line in reversed(kept) if line["kind"] == "train"), {"loss": math.nan}
+        )
+        self.now = (done.step, done.epoch, 0.0)
 
     def collect(self, loss: Tensor, figures: dict[str, Tensor]) -> None:
         for name, value in {"loss": loss, **figures}.items():
@@ -238,6 +264,7 @@ class _Watch:
     def after_step(self, step: int, epoch: int, lr: float) -> None:
         self.images += self.config.batch_size
         self.bar.update(self.config.batch_size)
+        self.now = (step, epoch, lr)
         if step % self.config.log_every == 0:
             self.write_line(step, epoch, lr)
 
@@ -247,7 +274,6 @@ class _Watch:
         line = {"kind": "train", "step": step, "epoch": epoch + 1, "lr": lr, **values}
         self.log({**line, "images_per_s": self.images / seconds, "seconds": self.elapsed()}, step)
         self.bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        self.total_images += self.images
         self.images, self.since = 0, time.perf_counter()
         self.last = line
         if not math.isfinite(values["loss"]):
@@ -264,21 +290,21 @@ class _Watch:
         self.sums, self.micro_steps = {}, 0
         return dict(zip(names, reduced, strict=True))
 
-    def require_finite(self) -> None:
-        """No checkpoint of a run that went wrong since the last line of metrics."""
-        value = self.sums.get("loss")
-        if value is not None and not bool(torch.isfinite(value)):
+    def require_finite(self, model: nn.Module) -> None:
+        """No checkpoint of a run that went wrong since the last line of metrics, be it in the last update."""
+        values = [*model.parameters(), *([self.sums["loss"]] if self.sums else [])]
+        if not bool(torch.stack([value.detach().isfinite().all() for value in values]).all()):
             raise EmsslError("The loss is not finite: lower --optim.base_lr. The last checkpoint is good.")
 
     def log_evaluation(self, step: int, epoch: int, values: dict[str, float]) -> None:
         pause = time.perf_counter()
-        self.last_evaluation = values
         if values:
             self.log({"kind": "eval", "step": step, "epoch": epoch + 1, **values, "seconds": self.elapsed()}, step)
         self.since += time.perf_counter() - pause
 
     def elapsed(self) -> float:
-        return round(time.perf_counter() - self.began, 3)
+        """Seconds of training, those before a resume included."""
+        return round(self.before + time.perf_counter() - self.began, 3)
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.writer is not None:
@@ -288,12 +314,14 @@ class _Watch:
 
     def after_epoch(self, epoch: int) -> None:
         if self.lines and (epoch + 1) % max(1, self.config.epochs // 20) == 0:
-            left = self.elapsed() / max(1, self.bar.n) if self.bar.n else 0.0
             print(
                 f"epoch {epoch + 1}/{self.config.epochs}: loss {self.last['loss']:.4f}, {self.elapsed():.0f} s",
                 flush=True,
             )
 
     def close(self) -> dict[str, float]:
+        """The closing figures; steps since the last line of metrics get one more."""
+        if self.micro_steps:
+            self.write_line(*self.now)
         self.bar.close()
         return {"seconds": self.elapsed(), "loss": self.last["loss"]}

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.utils import logging
 
 from emssl_hf.data.decoding import resize
 from emssl_hf.data.folder import open_folder
@@ -152,6 +153,8 @@ def load_model(source: str | Path, kind: Any) -> Loaded:
 
     Raises EmsslError where there is none, or where the weights lack something that the task needs.
     """
+    if Path(source).is_dir():  # bars are for downloads
+        logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(str(source), output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(str(source))
@@ -183,7 +186,9 @@ def stream(
 ) -> None:
     """Read in threads, score in batches, write batch by batch; list what was left out."""
     found = open_folder(folder, labels=None)
-    files = datasets.concatenate_datasets(list(found.splits.values())).cast_column("image", datasets.Image(decode=False))
+    files = datasets.concatenate_datasets(list(found.splits.values())).cast_column(
+        "image", datasets.Image(decode=False)
+    )
     left = [row for row in files.select_columns(["image", "path"]) if row["path"] not in sink.done]
     if sink.done:
         print(f"{len(files) - len(left)} of {len(files)} files are in {output} already")
@@ -215,4 +220,3 @@ def _report_skipped(skipped: list[tuple[str, str]], output: Path) -> None:
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, lineterminator="\n").writerows([("path", "reason"), *skipped])
     print(f"{len(skipped)} files left out, listed in {file}; the first: {': '.join(skipped[0])}")
-

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from emssl_hf.augment import Augmenter, Geometry
 from emssl_hf.data.store import Batch, Store, batches, epoch_order
 from emssl_hf.engine import probe
 from emssl_hf.engine.config import AugmentConfig, PretrainConfig
-from emssl_hf.engine.loop import make_accelerator, on_main, train
+from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.pictures import reconstruction_sheet
 from emssl_hf.engine.run_folder import RunFolder
 from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
@@ -32,12 +33,13 @@ class Pretraining:
     """The job that `loop.train` runs: batches, views, the objective's loss, and online probes."""
 
     def __init__(self, config: PretrainConfig, model: Objective, source: Source, accelerator: Accelerator) -> None:
-        self.config, self.model, self.accelerator = config, model, accelerator
+        self.model, self.accelerator = model, accelerator
         with accelerator.local_main_process_first():
             images = source.pretraining_images()
             self.store = source.store(images, training_resolution(config.data, config.model))
             self.probes = _probe_stores(source, config, images)
         self.samples, self.data_key = len(self.store), self.store.path.name
+        self.config = fit_batch(config, self.samples, accelerator)
         self.depth: int = model.config.num_hidden_layers
         self.state: dict[str, Any] = {}
         self.mean, self.std = self.store.mean, self.store.std
@@ -77,9 +79,10 @@ class Pretraining:
         }
         if "validation" in features:
             labels, truth = (torch.from_numpy(self.probes[name].labels) for name in ("train", "validation"))
+            known, asked = labels >= 0, truth >= 0  # a labels file need not name every image
             for pool in ("cls", "mean"):
-                predicted = probe.knn(bank[pool], labels, features["validation"][pool])
-                figures[f"knn_{pool}"] = float((predicted == truth).float().mean())
+                predicted = probe.knn(bank[pool][known], labels[known], features["validation"][pool][asked])
+                figures[f"knn_{pool}"] = float((predicted == truth[asked]).float().mean())
         return figures
 
     def _features(self, store: Store) -> dict[probe.Pool, Tensor]:
@@ -137,7 +140,7 @@ def build_objective(config: PretrainConfig, accelerator: Accelerator) -> Objecti
         model = objective(objective.config_class(**settings))
         if config.model.init:
             _initialise(model, config.model.init, accelerator)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise EmsslError(" ".join(str(error).split())) from error
     return model
 
@@ -151,6 +154,8 @@ def _initialise(model: Objective, source: str, accelerator: Accelerator) -> None
         return
     backbone, notes = load_backbone(source, channels=model.config.num_channels, image_size=model.config.image_size)
     model.backbone.load_state_dict(backbone.state_dict())
+    if hasattr(model, "update_momentum"):
+        model.update_momentum(0.0)  # a momentum network starts as a copy of the trained one
     new = sorted({name.split(".")[0] for name, _ in model.named_parameters()} - {"backbone"})
     accelerator.print(f"backbone from {source} ({'; '.join(notes) or 'unchanged'}); new: {', '.join(new) or 'nothing'}")
 
@@ -209,4 +214,4 @@ def _some(images: Any) -> Any:
 
 
 def _is_figure(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.numel() == 1
+    return isinstance(value, Tensor) and value.ndim == 0

@@ -81,6 +81,7 @@ def figures_of(config: StudyConfig, method: str, probes: dict[str, dict[str, Any
 def _probe_figures(probe: dict[str, Any]) -> dict[str, Any]:
     return {
         "linear_probe": interval(probe["linear"]),
+        "linear_probe_all_labels": interval(probe["linear_all"]),
         "knn": interval(probe["knn"]),
         "linear_probe_features": probe["linear_pool"],
         "knn_k": probe["k"],
@@ -173,6 +174,7 @@ def _row(method: str, figures: dict[str, Any]) -> list[str]:
         "" if method == "scratch" else _percent(figures["gain"], sign=True),
         _percent(figures["macro_f1"]),
         "not reached" if reached is None else f"{reached:.0f}",
+        _percent(figures["linear_probe_all_labels"]) if "linear_probe" in figures else "",
         _percent(figures["linear_probe"]) if "linear_probe" in figures else "",
         _percent(figures["knn"]) if "knn" in figures else "",
         "" if rate is None else f"{rate:,.0f}",
@@ -181,8 +183,8 @@ def _row(method: str, figures: dict[str, Any]) -> list[str]:
 
 
 _HEAD = [
-    "start", "accuracy, %", "gain over scratch", "macro-F1, %", "epochs to scratch's best", "linear probe, %",
-    "kNN, %", "pretraining, images/s", "pretraining time",
+    "start", "accuracy, %", "gain over scratch", "macro-F1, %", "epochs to scratch's best",
+    "linear probe, all labels, %", "linear probe, %", "kNN, %", "pretraining, images/s", "pretraining time",
 ]  # fmt: skip
 
 
@@ -194,11 +196,12 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _markdown(config: StudyConfig, report: dict[str, Any]) -> str:
     facts, rows = report["facts"], [_row(name, figures) for name, figures in report["methods"].items()]
     random = report["random_weights"]
-    rows.append(["random weights", "", "", "", "", _percent(random["linear_probe"]), _percent(random["knn"]), "", ""])
+    probes = [_percent(random[name]) for name in ("linear_probe_all_labels", "linear_probe", "knn")]
+    rows.append(["random weights", "", "", "", "", *probes, "", ""])
     if "scratch_long" in report:
         long = report["scratch_long"]
         rows.append([f"scratch, {long['epochs']} epochs (one seed)", f"{100 * long['accuracy']:.1f}", "",
-                     f"{100 * long['macro_f1']:.1f}", "", "", "", "", ""])  # fmt: skip
+                     f"{100 * long['macro_f1']:.1f}", "", "", "", "", "", ""])  # fmt: skip
     budget = config.labels_per_class
     labels = "all labels" if budget is None else f"{budget} labelled images per class"
     sections = [
@@ -233,7 +236,7 @@ def _reading(config: StudyConfig, report: dict[str, Any]) -> str:
         f"{', '.join(map(str, config.seeds))}; a seed draws the labels, the head, the order and the augmentation, and "
         "gains are paired by seed. There is one pretraining per method, so the intervals do not cover its seed. "
         "Epochs to scratch's best: when validation accuracy first reaches the best of the scratch run with the same "
-        "seed. Linear probe and kNN use frozen features and the same labels."
+        "seed. Linear probe and kNN use frozen features and the same labels; 'all labels' means every training label."
     )
 
 
@@ -245,34 +248,36 @@ def _reconstructions(config: StudyConfig) -> list[str]:
 
 
 def _protocol(config: StudyConfig, report: dict[str, Any]) -> str:
-    facts, recipe = report["facts"], report["scratch_recipe"]
+    facts = report["facts"]
     counts = ", ".join(f"{name} {count:,}" for name, count in facts["counts"].items())
-    lines = [
-        "## Protocol",
-        f"- Images: {counts}. Pretraining saw {facts['images']:,} images, without labels; images or specimens that it "
-        f"shares with validation or test: {facts['overlap']}.",
-        "- All methods share one fine-tuning recipe; scratch has its own, the best on validation of "
-        f"{len(config.scratch)} candidates with seed {config.seeds[0]}:",
-        "",
-        _table(
-            ["candidate", "settings", "validation accuracy, %"],
-            [
-                [
-                    f"{number}{' (chosen)' if number == recipe['chosen'] else ''}",
-                    f"`{json.dumps(settings)}`",
-                    f"{100 * value:.1f}",
-                ]
-                for number, (settings, value) in enumerate(
-                    zip(config.scratch, recipe["validation_accuracy"], strict=True)
-                )
-            ],
-        ),
-        "",
-        "- The model of each run is the one with the best validation accuracy; the test split is scored once by it. "
-        "Features and penalty of the linear probe, and k of kNN, are chosen on validation.",
-        "- Every setting stands in `run.yaml` here and in each run's folder; `report.json` holds every figure.",
+    return "\n".join(
+        [
+            "## Protocol",
+            "",
+            f"- Images: {counts}. Pretraining saw {facts['images']:,} images, without labels; images or specimens that "
+            f"it shares with validation or test: {facts['overlap']}.",
+            "- The model of each run is the one with the best validation accuracy; the test split is scored once, by "
+            "it. Features and penalty of the linear probe, and k of kNN, are chosen on validation.",
+            "- Every setting stands in `run.yaml` here and in each run's folder; `report.json` holds every figure.",
+            "- All methods share one fine-tuning recipe. Scratch has its own, the best on validation of "
+            f"{len(config.scratch)} candidate(s) with seed {config.seeds[0]}:",
+            "",
+            _candidates(config, report["scratch_recipe"]),
+        ]
+    )
+
+
+def _candidates(config: StudyConfig, recipe: dict[str, Any]) -> str:
+    reached = recipe["validation_accuracy"] or [None] * len(config.scratch)
+    rows = [
+        [
+            f"{number}, chosen" if number == recipe["chosen"] else f"{number}",
+            f"`{json.dumps(settings)}`",
+            "not compared" if value is None else f"{100 * value:.1f}",
+        ]
+        for number, (settings, value) in enumerate(zip(config.scratch, reached, strict=True))
     ]
-    return "\n".join(lines)
+    return _table(["candidate", "differs in", "validation accuracy, %"], rows)
 
 
 def _next(config: StudyConfig) -> str:

@@ -1,5 +1,6 @@
 """The folder of a run: its recipe, its metrics, and the rules for coming back to it."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from emssl_hf.engine.config import result_settings, to_dict, to_yaml
+from emssl_hf.engine.config import result_settings, to_yaml
 from emssl_hf.errors import EmsslError
 
 #: Written last: the run has ended and its products are whole.
@@ -36,7 +37,8 @@ class RunFolder:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_same_run()
-            self._write_atomically("run.yaml", _header(self.job) + to_yaml(self.config))
+            again = dataclasses.replace(self.config, overwrite=False)  # the recipe of a run must not delete it
+            self._write_atomically("run.yaml", _header(self.job) + to_yaml(again))
         except OSError as error:
             raise EmsslError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): choose another --output_dir."
@@ -50,11 +52,11 @@ class RunFolder:
                     f"The output folder {self.path} is not empty and holds no run: choose an empty or new --output_dir."
                 )
             return
-        stored, mine = _flatten(yaml.safe_load(recipe.read_text())), _flatten(to_dict(self.config))
-        keys = result_settings(self.config)
-        different = sorted(key for key in keys if stored.get(key) != mine.get(key))
+        stored, mine = yaml.safe_load(recipe.read_text()), result_settings(self.config)
+        there = {key: _setting(stored, key) for key in mine}
+        different = sorted(key for key in mine if there[key] != mine[key])
         if different:
-            changes = ", ".join(f"{key} ({stored.get(key)} there, {mine.get(key)} here)" for key in different)
+            changes = ", ".join(f"{key} ({there[key]} there, {mine[key]} here)" for key in different)
             raise EmsslError(
                 f"{self.path} holds a run with other settings: {changes}. Choose another --output_dir to keep both, "
                 "or give --overwrite true to delete that run and start anew."
@@ -86,9 +88,10 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl; one that a kill cut short is left out."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 class MetricsWriter:
@@ -96,8 +99,8 @@ class MetricsWriter:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self.file = path / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in self.kept))
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; numbers only, besides the kind of the line."""
@@ -109,7 +112,7 @@ def _header(job: str) -> str:
     return (
         f"# emssl {job}, {time.strftime('%Y-%m-%d %H:%M')}; Python {platform.python_version()}, "
         f"torch {_version('torch')}, transformers {_version('transformers')}\n"
-        f"# command: {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n"
+        f"# command: {' '.join(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]).split())}\n"
     )
 
 
@@ -119,9 +122,9 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict) and not prefix + key in ("data.options", "model.options")
-        flat.update(_flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
-    return flat
+def _setting(recipe: dict[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where the recipe does not have it."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

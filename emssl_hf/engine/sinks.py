@@ -36,7 +36,7 @@ class CsvSink:
         self.done: set[str] = set()
         if file.exists():
             self._take_up()
-        else:
+        if not file.exists() or not file.stat().st_size:
             self._append([columns])
 
     def _take_up(self) -> None:
@@ -45,7 +45,10 @@ class CsvSink:
         temporary.write_text(whole + newline, encoding="utf-8")
         temporary.replace(self.file)
         with self.file.open(newline="", encoding="utf-8") as stream:
-            self.done = {row["path"] for row in csv.DictReader(stream)}
+            reader = csv.DictReader(stream)
+            if reader.fieldnames and list(reader.fieldnames) != self.columns:
+                raise EmsslError(f"{self.file} is there and has other columns: delete it or choose another --output.")
+            self.done = {row["path"] for row in reader}
 
     def write(self, rows: list[Row]) -> None:
         self._append([["" if row[name] is None else row[name] for name in self.columns] for row in rows])
@@ -67,7 +70,9 @@ class ParquetSink:
         self.file, self.parts = file, file.with_name(file.name + ".parts")
         prepare(file, settings)
         self.parts.mkdir(exist_ok=True)
-        self.done = {path for part in self._files() for path in pq.read_table(part, columns=["path"])["path"].to_pylist()}
+        self.done = {
+            path for part in self._files() for path in pq.read_table(part, columns=["path"])["path"].to_pylist()
+        }
 
     def _files(self) -> list[Path]:
         return [*([self.file] if self.file.exists() else []), *sorted(self.parts.glob("*.parquet"))]
@@ -83,7 +88,9 @@ class ParquetSink:
         files = self._files()
         if files and files != [self.file]:
             temporary = self.file.with_name(f".{self.file.name}.tmp")
-            pq.write_table(pa.concat_tables([pq.read_table(file) for file in files], promote_options="permissive"), temporary)
+            pq.write_table(
+                pa.concat_tables([pq.read_table(file) for file in files], promote_options="permissive"), temporary
+            )
             temporary.replace(self.file)
         shutil.rmtree(self.parts)
 

@@ -1,12 +1,13 @@
 """The comparison of pretraining methods with training from scratch: which runs it takes, in which order, how read."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +16,33 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from emssl_hf.data.curation import few_labels, overlap
-from emssl_hf.engine import probe
+from emssl_hf.data.curation import overlap
 from emssl_hf.engine.config import (
     FinetuneConfig,
     PretrainConfig,
     StudyConfig,
     merge,
     parse,
-    to_dict,
+    shared_settings,
 )
 from emssl_hf.engine.finetune import finetune
-from emssl_hf.engine.metrics import classification_figures
+from emssl_hf.engine.frozen import probe_backbones
 from emssl_hf.engine.pretrain import pretrain
 from emssl_hf.engine.report import write_report
-from emssl_hf.engine.run_folder import RunFolder, read_summary
+from emssl_hf.engine.run_folder import RunFolder, read_metrics, read_summary
 from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
 from emssl_hf.errors import EmsslError
-from emssl_hf.models.backbone import load_backbone
-
-#: Neighbours that kNN may use; the number is chosen on validation.
-NEIGHBOURS = (1, 3, 5, 10, 20)
+from emssl_hf.models.backbone import load_backbone, publish_backbone
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the study, by the name that people read."""
+    """One run of the study; its settings may depend on the stages that it needs, so they are asked for late."""
 
     name: str
-    config: PretrainConfig | FinetuneConfig
+    make: Callable[[], PretrainConfig | FinetuneConfig]
+    epochs: int
+    needs: tuple[str, ...] = ()
 
 
 def study(config: StudyConfig) -> Path:
@@ -59,10 +58,9 @@ def study(config: StudyConfig) -> Path:
     source = open_source(config.data, Accelerator(cpu=not torch.cuda.is_available()))
     facts = prepare_data(source, config)
     print(f"study in {folder.path}: {facts['images']:,} images for pretraining, {facts['overlap']} shared with test")
-    workers = config.jobs or default_jobs()
-    run_stages([*pretraining_stages(config), *sweep_stages(config)], workers)
+    pretraining, sweep = pretraining_stages(config), sweep_stages(config)
+    run_stages([*pretraining, *sweep, *finetuning_stages(config)], config.jobs or default_jobs())
     recipe = best_scratch(config)
-    run_stages(finetuning_stages(config, recipe), workers)
     for method in ["scratch", *config.methods]:
         collect_products(config, method)
     probes = probe_backbones(source, config)
@@ -75,7 +73,12 @@ def study(config: StudyConfig) -> Path:
 
 def default_jobs() -> int:
     """Small runs use cores better side by side than one after another; a GPU takes one run at a time."""
-    return 1 if torch.cuda.is_available() else max(1, len(os.sched_getaffinity(0)))
+    return 1 if torch.cuda.is_available() else cores()
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_data(source: Source, config: StudyConfig) -> dict[str, Any]:
@@ -101,136 +104,136 @@ def prepare_data(source: Source, config: StudyConfig) -> dict[str, Any]:
 
 
 def pretraining_stages(config: StudyConfig) -> list[Stage]:
-    """One pretraining per method, the slowest kinds first so that no core idles at the end."""
-    return [
-        Stage(
-            method,
-            parse(
-                PretrainConfig,
-                merge(
-                    _shared(config),
-                    config.pretrain,
-                    own,
-                    {"method": method, "output_dir": str(config.output_dir / method)},
-                ),
-            ),
-        )
-        for method, own in config.methods.items()
-    ]
-
-
-def sweep_stages(config: StudyConfig) -> list[Stage]:
-    """Scratch's candidates, each with the first seed."""
-    if len(config.scratch) == 1:
-        return []
-    return [
-        Stage(
-            f"scratch-candidate-{number}",
-            _finetuning(config, "sweep", str(number), config.seeds[0], candidate),
-        )
-        for number, candidate in enumerate(config.scratch)
-    ]
-
-
-def best_scratch(config: StudyConfig) -> dict[str, Any]:
-    """The candidate with the highest validation accuracy; its settings and the candidates' figures."""
-    figures = [read_summary(stage.config.output_dir)["validation_accuracy"] for stage in sweep_stages(config)] or [
-        float("nan")
-    ]
-    chosen = int(np.nanargmax(figures)) if len(figures) > 1 else 0
-    return {"settings": config.scratch[chosen], "chosen": chosen, "validation_accuracy": figures}
-
-
-def finetuning_stages(config: StudyConfig, recipe: dict[str, Any]) -> list[Stage]:
-    """Every method and scratch with every seed, and scratch's long run."""
+    """One pretraining per method."""
     stages = []
-    if config.scratch_long:
-        longer = merge(recipe["settings"], {"train": {"epochs": config.scratch_long}})
-        stages.append(Stage("scratch-long", _finetuning(config, "finetune", "scratch-long", config.seeds[0], longer)))
-    for seed in config.seeds:
-        for method in ["scratch", *config.methods]:
-            own = (
-                recipe["settings"]
-                if method == "scratch"
-                else {"model": {"init": str(config.output_dir / method / "pretraining")}}
-            )
-            stages.append(
-                Stage(f"{method}, seed {seed}", _finetuning(config, "finetune", f"{method}-{seed}", seed, own))
-            )
+    for method, own in config.methods.items():
+        fixed = {"method": method, "output_dir": str(config.output_dir / method)}
+        settings = parse(PretrainConfig, merge(shared_settings(config), config.pretrain, own, fixed))
+        stages.append(Stage(method, partial(_same, settings), settings.train.epochs))
     return stages
 
 
-def _finetuning(config: StudyConfig, kind: str, name: str, seed: int, own: dict[str, Any]) -> FinetuneConfig:
+def sweep_stages(config: StudyConfig) -> list[Stage]:
+    """Scratch's candidates, each with the first seed; none where there is nothing to choose."""
+    if len(config.scratch) == 1:
+        return []
+    stages = []
+    for number, candidate in enumerate(config.scratch):
+        settings = _finetuning(config, f"sweep/{number}", config.seeds[0], candidate)
+        stages.append(Stage(f"scratch, candidate {number}", partial(_same, settings), settings.train.epochs))
+    return stages
+
+
+def best_scratch(config: StudyConfig) -> dict[str, Any]:
+    """The candidate with the highest validation accuracy: its number and settings, and what all of them reached."""
+    runs = [config.output_dir / "sweep" / str(number) for number in range(len(config.scratch))]
+    reached = [read_summary(run)["validation_accuracy"] for run in runs] if len(runs) > 1 else []
+    chosen = int(np.argmax(reached)) if reached else 0
+    return {"settings": config.scratch[chosen], "chosen": chosen, "validation_accuracy": reached}
+
+
+def finetuning_stages(config: StudyConfig) -> list[Stage]:
+    """Every method and scratch with every seed, and scratch's long run."""
+    sweep = tuple(stage.name for stage in sweep_stages(config))
+    epochs = _finetuning(config, "finetune/any", 0, {}).train.epochs
+    stages = []
+    if config.scratch_long:
+        stages.append(
+            Stage("scratch, long", partial(_scratch, config, config.seeds[0], True), config.scratch_long, sweep)
+        )
+    for seed in config.seeds:
+        stages.append(Stage(f"scratch, seed {seed}", partial(_scratch, config, seed, False), epochs, sweep))
+        for method in config.methods:
+            own = {"model": {"init": str(config.output_dir / method / "pretraining")}}
+            settings = _finetuning(config, f"finetune/{method}-{seed}", seed, own)
+            stages.append(Stage(f"{method}, seed {seed}", partial(_same, settings), epochs, (method,)))
+    return stages
+
+
+def _same(settings: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+    return settings
+
+
+def _scratch(config: StudyConfig, seed: int, long: bool) -> FinetuneConfig:
+    """Training from scratch with the recipe that the sweep chose."""
+    own = best_scratch(config)["settings"]
+    if not long:
+        return _finetuning(config, f"finetune/scratch-{seed}", seed, own)
+    longer = {"train": {"epochs": config.scratch_long, "eval_every": max(1, config.scratch_long // 20)}}
+    return _finetuning(config, "finetune/scratch-long", seed, merge(own, longer))
+
+
+def _finetuning(config: StudyConfig, place: str, seed: int, own: dict[str, Any]) -> FinetuneConfig:
     fixed = {
         "seed": seed,
-        "output_dir": str(config.output_dir / kind / name),
+        "output_dir": str(config.output_dir / place),
         "labels_per_class": config.labels_per_class,
     }
-    return parse(FinetuneConfig, merge(_shared(config), config.finetune, own, fixed))
-
-
-def _shared(config: StudyConfig) -> dict[str, Any]:
-    model = to_dict(config.model)
-    return {"data": to_dict(config.data), "model": {key: model[key] for key in model if key != "init"}}
+    return parse(FinetuneConfig, merge(shared_settings(config), config.finetune, own, fixed))
 
 
 def run_stages(stages: list[Stage], workers: int) -> None:
-    """Run the stages in `workers` processes at a time; a progress bar counts their epochs."""
-    left = [stage for stage in stages if not (stage.config.output_dir / "finished.json").exists()]
-    epochs = sum(stage.config.train.epochs for stage in left)
-    threads = max(1, (len(os.sched_getaffinity(0))) // workers)
+    """Run the stages in `workers` processes, the first that is ready first; a progress bar counts their epochs."""
+    waiting, done = list(stages), set[str]()
+    running: dict[Future[Path], tuple[Stage, Path]] = {}
+    threads = max(1, cores() // workers)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=epochs, unit="epoch") as bar:
-        running: dict[Future[None], Stage] = {pool.submit(run_stage, stage, threads): stage for stage in left}
-        while running:
-            done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                stage = running.pop(future)
-                _check(future, stage, pool)
-                tqdm.write(f"  {stage.name}: {closing_line(stage)}")
-            bar.n = sum(epochs_done(stage) for stage in left)
+    bar = tqdm(total=sum(stage.epochs for stage in stages), unit="epoch", smoothing=0.05, disable=None)
+    with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        while waiting or running:
+            for stage in [stage for stage in waiting if done.issuperset(stage.needs)][: workers - len(running)]:
+                waiting.remove(stage)
+                settings = stage.make()
+                running[pool.submit(run_stage, settings, threads)] = stage, settings.output_dir
+            ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in ended:
+                stage, folder = running.pop(future)
+                _check(future, stage, folder, pool)
+                done.add(stage.name)
+                tqdm.write(f"  {stage.name}: {closing_line(folder)}")
+            finished = sum(stage.epochs for stage in stages if stage.name in done)
+            bar.n = finished + sum(epochs_done(folder) for _, folder in running.values())
             bar.refresh()
 
 
-def _check(future: "Future[None]", stage: Stage, pool: ProcessPoolExecutor) -> None:
+def _check(future: "Future[Path]", stage: Stage, folder: Path, pool: ProcessPoolExecutor) -> None:
     error = future.exception()
     if error is None:
         return
     pool.shutdown(wait=False, cancel_futures=True)
     raise EmsslError(
-        f"The stage {stage.name} failed: {error} Its log is {stage.config.output_dir / 'log.txt'}; the same command "
-        "goes on from what is finished."
+        f"The stage '{stage.name}' failed: {error} Its log is {log_file(folder)}; the same command goes on from what "
+        "is finished."
     ) from error
 
 
-def run_stage(stage: Stage, threads: int) -> None:
-    """One stage in a process of its own; what it says goes to log.txt in its run folder."""
+def run_stage(settings: PretrainConfig | FinetuneConfig, threads: int) -> Path:
+    """One stage in a process of its own; what it says goes to its log."""
     torch.set_num_threads(threads)
     os.environ["EMSSL_QUIET"] = "1"
-    stage.config.output_dir.parent.mkdir(parents=True, exist_ok=True)
-    log = stage.config.output_dir.with_name(f".{stage.config.output_dir.name}.log")
-    with log.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        if isinstance(stage.config, PretrainConfig):
-            pretrain(stage.config)
-        else:
-            finetune(stage.config)
+    file = log_file(settings.output_dir)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        return pretrain(settings) if isinstance(settings, PretrainConfig) else finetune(settings)
 
 
-def epochs_done(stage: Stage) -> int:
-    """Epochs that the stage's metrics speak of."""
-    file = stage.config.output_dir / "metrics.jsonl"
-    if not file.exists():
-        return 0
-    last = file.read_text().rstrip().rpartition("\n")[2]
-    return int(json.loads(last)["epoch"]) if last.endswith("}") else 0
+def log_file(run: Path) -> Path:
+    """Where a stage's words go: beside its run folder, which is not there yet when it starts."""
+    return run.with_name(f"{run.name}.log")
 
 
-def closing_line(stage: Stage) -> str:
+def epochs_done(run: Path) -> int:
+    """Epochs that the run's metrics speak of."""
+    metrics = read_metrics(run)
+    return int(metrics[-1]["epoch"]) if metrics else 0
+
+
+def closing_line(run: Path) -> str:
     """What a finished stage came to, in a few words."""
-    summary = read_summary(stage.config.output_dir)
+    summary = read_summary(run)
     if summary["job"] == "pretrain":
         return f"pretrained in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}"
-    return f"validation accuracy {summary['validation_accuracy']:.3f} in {summary['seconds']:.0f} s"
+    return f"validation accuracy {100 * summary['validation_accuracy']:.1f} % in {summary['seconds']:.0f} s"
 
 
 def collect_products(config: StudyConfig, method: str) -> None:
@@ -240,62 +243,5 @@ def collect_products(config: StudyConfig, method: str) -> None:
     home = config.output_dir / method
     shutil.copytree(best / "classifier", home / "classifier", dirs_exist_ok=True)
     if method == "scratch":
-        from emssl_hf.models.backbone import publish_backbone
-
         publish_backbone(load_backbone(best / "classifier")[0]).save_pretrained(home / "backbone")
         shutil.copy(best / "classifier" / "preprocessor_config.json", home / "backbone")
-
-
-def probe_backbones(source: Source, config: StudyConfig) -> dict[str, dict[str, Any]]:
-    """kNN and linear probe on frozen features, with each seed's labels; `random` is the same on random weights."""
-    splits = source.labelled_splits()
-    stores = {split: source.store(splits[split], input_size(config.model)) for split in splits}
-    results: dict[str, dict[str, Any]] = {}
-    for method in ["random", *config.methods]:
-        model, mean, std = _frozen(config, method, stores["train"])
-        features = {split: probe.extract(model, store, mean=mean, std=std) for split, store in stores.items()}
-        results[method] = _probe_seeds(features, stores, config)
-    return results
-
-
-def _frozen(config: StudyConfig, method: str, train: Any) -> tuple[Any, float, float]:
-    if method != "random":
-        summary = read_summary(config.output_dir / method)
-        backbone, _ = load_backbone(config.output_dir / method / "pretraining")
-        return backbone, summary["mean"], summary["std"]
-    from emssl_hf.engine.finetune import build_classifier
-
-    scratch = parse(FinetuneConfig, merge(_shared(config), config.finetune, {"seed": config.seeds[0]}))
-    model = build_classifier(scratch, train.label_names, Accelerator(cpu=not torch.cuda.is_available()))
-    return model.vit, train.mean, train.std
-
-
-def _probe_seeds(features: dict[str, Any], stores: dict[str, Any], config: StudyConfig) -> dict[str, Any]:
-    """Accuracy of kNN and of the linear probe on the test split, per seed; choices are made on validation."""
-    truth = {split: store.labels for split, store in stores.items()}
-    classes = len(stores["test"].label_names)
-    found: dict[str, list[Any]] = {"linear": [], "knn": [], "linear_pool": [], "k": []}
-    for seed in config.seeds:
-        rows = np.arange(len(stores["train"]))
-        if config.labels_per_class is not None:
-            rows = few_labels(truth["train"], config.labels_per_class, seed, groups=list(stores["train"].groups))
-        train = {pool: values[rows] for pool, values in features["train"].items()}
-        fitted = probe.linear_probe(
-            train, truth["train"][rows], features["validation"], truth["validation"], features["test"]
-        )
-        found["linear"].append(classification_figures(fitted.predicted, truth["test"], classes)["accuracy"])
-        found["linear_pool"].append(fitted.pool)
-        k, accuracy = _best_knn(train, truth["train"][rows], features, truth)
-        found["knn"].append(accuracy)
-        found["k"].append(k)
-    return found
-
-
-def _best_knn(train: Any, labels: Any, features: Any, truth: Any) -> tuple[int, float]:
-    def accuracy(pool: probe.Pool, k: int, split: str) -> float:
-        predicted = probe.knn(train[pool], torch.from_numpy(labels), features[split][pool], k=k).numpy()
-        return float((predicted == truth[split]).mean())
-
-    choices: list[tuple[probe.Pool, int]] = [(pool, k) for pool in train for k in NEIGHBOURS]
-    pool, k = max(choices, key=lambda choice: accuracy(*choice, "validation"))
-    return k, accuracy(pool, k, "test")

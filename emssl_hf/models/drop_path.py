@@ -16,8 +16,8 @@ def add_drop_path(model: ViTForImageClassification, rate: float) -> None:
     for number, layer in enumerate(layers):
         probability = rate * number / max(1, len(layers) - 1)
         if probability > 0:
-            layer.attention.register_forward_hook(_DropBranch(probability))
-            layer.mlp.register_forward_hook(_DropBranch(probability))
+            for branch in (layer.get_submodule("attention"), layer.get_submodule("mlp")):
+                branch.register_forward_hook(_DropBranch(probability))
 
 
 class _DropBranch:

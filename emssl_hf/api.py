@@ -1,0 +1,88 @@
+"""The jobs as functions, for notebooks and scripts: the same settings, run folders and messages as the command line."""
+
+from pathlib import Path
+from typing import Any
+
+from emssl_hf.engine import finetune as finetuning
+from emssl_hf.engine import predict as prediction
+from emssl_hf.engine import pretrain as pretraining
+from emssl_hf.engine import study as comparison
+from emssl_hf.engine.config import FinetuneConfig, PretrainConfig, StudyConfig, T, merge, parse
+from emssl_hf.hub.cards import write_card
+from emssl_hf.recipes import load_recipe
+
+embed = prediction.embed
+predict = prediction.predict
+
+
+def pretrain(
+    data: str | Path, output_dir: str | Path, *, method: str = "mae", recipe: str | Path | None = None, **settings: Any
+) -> Path:
+    """Pretrain on a folder of micrographs, a data set or `synthsem`; returns the run folder.
+
+    Settings are those of `emssl pretrain`, nested: `train={"epochs": 50}`. They win over the recipe.
+    """
+    return run_pretrain(_config(PretrainConfig, recipe, settings, data, output_dir, {"method": method}))
+
+
+def finetune(
+    data: str | Path,
+    output_dir: str | Path,
+    *,
+    init: str | Path | None = None,
+    recipe: str | Path | None = None,
+    **settings: Any,
+) -> Path:
+    """Fine-tune a classifier from the weights `init`, or from scratch without; returns the run folder."""
+    own = {"model": {"init": str(init)}} if init is not None else {}
+    return run_finetune(_config(FinetuneConfig, recipe, settings, data, output_dir, own))
+
+
+def study(
+    data: str | Path = "synthsem",
+    output_dir: str | Path = "runs/study",
+    *,
+    recipe: str | Path | None = None,
+    **settings: Any,
+) -> Path:
+    """Compare pretraining methods with training from scratch; returns the folder with report.md and report.json."""
+    return run_study(_config(StudyConfig, recipe, settings, data, output_dir, {}))
+
+
+def run_pretrain(config: PretrainConfig) -> Path:
+    """Pretrain, then write the model card."""
+    return _with_card(pretraining.pretrain(config))
+
+
+def run_finetune(config: FinetuneConfig) -> Path:
+    """Fine-tune, then write the model card."""
+    return _with_card(finetuning.finetune(config))
+
+
+def run_study(config: StudyConfig) -> Path:
+    """Compare, then write the card of every run."""
+    folder = comparison.study(config)
+    for recipe in sorted(folder.glob("**/run.yaml")):
+        if recipe.parent != folder:
+            write_card(recipe.parent)
+    return folder
+
+
+def _with_card(run: Path) -> Path:
+    from emssl_hf.engine.loop import is_main_process
+
+    if is_main_process():
+        write_card(run)
+    return run
+
+
+def _config(
+    kind: type[T],
+    recipe: str | Path | None,
+    settings: dict[str, Any],
+    data: str | Path,
+    output_dir: str | Path,
+    own: dict[str, Any],
+) -> T:
+    base = load_recipe(recipe) if recipe is not None else {}
+    return parse(kind, merge(base, own, settings, {"data": {"path": str(data)}, "output_dir": str(output_dir)}))
