@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quieten()
     parser, commands = _parsers()
     try:
-        settings = parser.parse_args(_with_recipes(arguments))
+        settings = parser.instantiate(parser.parse_args(_with_recipes(arguments)))
         command = settings.command
         if command is None:
             parser.print_help()

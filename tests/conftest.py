@@ -29,7 +29,6 @@ if "EMSSL_TEST_HOME" not in os.environ:
         MPLBACKEND="Agg",
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
-        CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
     )
 
 #: Settings of the procedural set that every training test shares: 75 train, 33 validation, 12 test images.
@@ -62,3 +61,11 @@ def write_micrographs(folder: Path, per_class: int = 8, shape: tuple[int, int] =
             noisy = np.clip(picture + rng.normal(0, 12, shape), 0, 255).astype(np.uint8)
             Image.fromarray(noisy).save(folder / name / f"{number}.png")
     return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Tests of one file stay on one worker: their runs and processes are made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)

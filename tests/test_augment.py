@@ -189,7 +189,9 @@ def cubic_slice(array: NDArray[np.float64], start: float, length: int = 16) -> N
 # Batches
 
 
-@pytest.mark.parametrize("view", [View((16, 16), crop="padded", padding=4), View((16, 16)), View((16, 16), crop="whole")])
+@pytest.mark.parametrize(
+    "view", [View((16, 16), crop="padded", padding=4), View((16, 16)), View((16, 16), crop="whole")]
+)
 def test_ragged_batches_never_show_their_padding(view: View) -> None:
     sizes = torch.tensor([[20, 34], [20, 20], [33, 20], [20, 21]])
     images = torch.zeros(4, 33, 34, dtype=torch.uint8)

@@ -91,7 +91,9 @@ def _decoded_rows(dataset: datasets.Dataset, spec: PixelSpec, workers: int, prog
     """Results in the order of the rows; a few per worker are under way at a time."""
     wanted = [name for name in ("image", "id", "databar") if name in dataset.column_names]
     rows = dataset.with_format(None).select_columns(wanted).cast_column("image", datasets.Image(decode=False))
-    bar = tqdm(total=len(dataset), desc="decoding micrographs", unit="img", disable=not progress, leave=False)
+    bar = tqdm(
+        total=len(dataset), desc="decoding micrographs", unit="img", disable=None if progress else True, leave=False
+    )
     with bar, ThreadPoolExecutor(workers) as pool:
         for result in _in_order(pool, lambda row: _decode(row, spec), enumerate(rows), 4 * workers):
             bar.update()

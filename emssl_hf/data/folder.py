@@ -15,6 +15,7 @@ from tqdm import tqdm
 from emssl_hf.data.nffa import CLASS_NAMES
 from emssl_hf.data.reading import UnreadableMicrograph, read_header
 from emssl_hf.errors import EmsslError
+from emssl_hf.machine import cores
 
 LABELS_FILE = "labels.csv"
 SPLIT_NAMES = {
@@ -134,7 +135,7 @@ def _read_entries(root: Path, files: list[Path], skipped: list[tuple[str, str]],
             return str(relative), f"it cannot be read ({error.strerror})"
 
     entries: list[Entry] = []
-    with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(2 * cores()) as pool:
         found = pool.map(look, files)
         for item in tqdm(
             found, "looking at files", len(files), unit="file", disable=not progress, leave=False, delay=2

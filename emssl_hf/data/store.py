@@ -1,6 +1,5 @@
 """Data set -> memory-mapped store, built once: the door to `Store`, `batches` and the stores on disk."""
 
-import fcntl
 import os
 import shutil
 import sys
@@ -9,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import datasets
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from emssl_hf.data.batches import Batch, batch_count, batches, epoch_order
@@ -21,6 +20,7 @@ from emssl_hf.data.decoding import PixelSpec
 from emssl_hf.data.depth import DEFAULT_STRETCH
 from emssl_hf.data.pixels import META, Skipped, Store, open_store
 from emssl_hf.errors import EmsslError
+from emssl_hf.machine import cores
 
 __all__ = [
     "Batch",
@@ -73,13 +73,12 @@ def build_store(
     with _lock(root, folder.name, progress):
         store = _finished(folder)
         if store is None:
-            _check_disk(root, expected_bytes(dataset, spec))
-            write_store(dataset, spec, folder, workers or len(os.sched_getaffinity(0)), progress)
+            needed = expected_bytes(dataset, spec)
+            _say(progress, f"decoding {len(dataset):,} images at {size} px into {root}, about {needed / 1e9:.2f} GB")
+            _check_disk(root, needed)
+            write_store(dataset, spec, folder, workers or cores(), progress)
             store = open_store(folder)
-            _say(
-                progress,
-                f"{len(store):,} images at {size} px, {store.pixels.nbytes / 1e9:.2f} GB, in {folder}",
-            )
+            _say(progress, f"{len(store):,} images, {store.pixels.nbytes / 1e9:.2f} GB, in {folder}")
         os.utime(folder / META)
     if store.skipped:
         first = store.skipped[0]
@@ -156,31 +155,33 @@ def _lock(root: Path, name: str, progress: bool) -> Iterator[None]:
     """Holds the lock of one store; the system frees it when a process dies, however it dies."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = (root / f".{name}.lock").open("w")
-    except OSError as error:
-        raise EmsslError(f"{root}: {error.strerror}; set EMSSL_STORE to a folder to write in") from error
-    with file:
-        if not _acquire(file):
+        lock = FileLock(root / f".{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
             _say(progress, f"waiting for another process that builds {root / name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise EmsslError(f"{root}: {error}; set EMSSL_STORE to a local folder to write in") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def _try_lock(root: Path, name: str) -> Iterator[bool]:
     """Whether nobody else holds the lock of a store; held meanwhile."""
-    with (root / f".{name}.lock").open("w") as file:
-        yield _acquire(file)
-
-
-def _acquire(file: IO[str]) -> bool:
+    lock = FileLock(root / f".{name}.lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise EmsslError(f"{file.name}: locking fails here; set EMSSL_STORE to a local disk") from error
-    return True
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _bytes_of(folder: Path) -> int:

@@ -7,7 +7,6 @@ Image i is a function of (seed, i), the size and the imbalance alone. Images com
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from emssl_hf.data.nffa import CLASS_NAMES
 from emssl_hf.data.scenes.micrograph import Imbalance, Place, SynthMicrograph, place, render
 from emssl_hf.errors import EmsslError
+from emssl_hf.machine import cores
 
 __all__ = ["SynthMicrograph", "SynthSEM", "SynthSEMConfig", "contact_sheet", "place", "render", "synthsem"]
 
@@ -212,7 +212,7 @@ def synthsem(
     if num_proc is None:
         edges = (size, size) if isinstance(size, int) else size
         worth_sharing = images * edges[0] * edges[1] > 2000 * 64 * 64
-        num_proc = len(os.sched_getaffinity(0)) if worth_sharing else 1
+        num_proc = cores() if worth_sharing else 1
     builder.download_and_prepare(num_proc=num_proc)
     return builder.as_dataset()
 

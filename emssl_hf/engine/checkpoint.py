@@ -52,7 +52,7 @@ def save(
     for file in temporary.iterdir():
         _sync(file)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    temporary.replace(folder)
     for old in checkpoints(run)[: -max(1, keep)]:
         shutil.rmtree(old)
     return folder

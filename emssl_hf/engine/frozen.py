@@ -1,21 +1,23 @@
 """What a study's frozen backbones know: linear probe and kNN, beside random weights."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import ViTModel
 
 from emssl_hf.data.curation import few_labels
 from emssl_hf.data.store import Store
 from emssl_hf.engine import probe
 from emssl_hf.engine.config import FinetuneConfig, StudyConfig, merge, parse, shared_settings
 from emssl_hf.engine.finetune import scratch_backbone
-from emssl_hf.engine.run_folder import read_summary
-from emssl_hf.engine.sources import Source, input_size
+from emssl_hf.engine.run_folder import DONE, read_summary, write_summary
+from emssl_hf.engine.sources import input_size, open_source
 from emssl_hf.models.backbone import load_backbone
 
 #: Neighbours that kNN may use; the number is chosen on validation.
@@ -25,48 +27,62 @@ Features = Mapping[str, dict[probe.Pool, Tensor]]
 Labels = Mapping[str, NDArray[np.int64]]
 
 
-def probe_backbones(source: Source, config: StudyConfig) -> dict[str, dict[str, list[Any]]]:
-    """Test accuracies by method, and by `random`: untrained weights, drawn anew with every seed.
+@dataclass(frozen=True)
+class FrozenProbe:
+    """The probes of one backbone of a study: of a method's, or of untrained ones where `method` is `random`."""
 
-    `linear_all` is the linear probe on all training labels; `linear` and `knn` have each seed's few labels.
+    study: StudyConfig
+    method: str
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the figures go."""
+        return self.study.output_dir / "probes" / self.method
+
+
+def probe_backbone(job: FrozenProbe) -> Path:
+    """Score frozen features on the test split; the figures go to finished.json, which is left alone where it exists.
+
+    `linear_all` is the linear probe on all training labels; `linear` and `knn` have each seed's few labels. Untrained
+    weights are drawn anew with every seed.
     """
+    if (job.output_dir / DONE).exists():
+        return job.output_dir
+    config = job.study
+    source = open_source(config.data, Accelerator(cpu=not torch.cuda.is_available()))
     splits = source.labelled_splits()
     stores = {split: source.store(splits[split], input_size(config.model)) for split in splits}
-    labels = {split: store.labels for split, store in stores.items()}
-    results: dict[str, dict[str, list[Any]]] = {}
-    for method in config.methods:
-        backbone, _ = load_backbone(config.output_dir / method / "pretraining", image_size=input_size(config.model))
-        summary = read_summary(config.output_dir / method)
-        features = _features(backbone, stores, summary["mean"], summary["std"])
-        few = [_few_labels(features, labels, stores["train"], config, seed) for seed in config.seeds]
-        results[method] = {**_by_name(few), "linear_all": [_linear(features, labels)[0]]}
-    figures = []
-    for seed in config.seeds:
-        backbone = _random(config, seed)
-        features = _features(backbone, stores, stores["train"].mean, stores["train"].std)
-        few_and_all = _few_labels(features, labels, stores["train"], config, seed)
-        figures.append({**few_and_all, "linear_all": _linear(features, labels)[0]})
-    results["random"] = _by_name(figures)
-    return results
+    figures: list[dict[str, Any]] = []
+    for number, seed in enumerate(config.seeds):
+        if number == 0 or job.method == "random":
+            features = _features(job, stores, seed)
+            everything = _linear(features, {split: store.labels for split, store in stores.items()})[0]
+        figures.append({**_few_labels(features, stores, config, seed), "linear_all": everything})
+    by_name = {name: [one[name] for one in figures] for name in figures[0]}
+    job.output_dir.mkdir(parents=True, exist_ok=True)
+    write_summary(job.output_dir, {"job": "probe", **by_name})
+    return job.output_dir
 
 
-def _by_name(figures: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [one[name] for one in figures] for name in figures[0]}
-
-
-def _features(backbone: ViTModel, stores: dict[str, Store], mean: float, std: float) -> Features:
+def _features(job: FrozenProbe, stores: dict[str, Store], seed: int) -> Features:
+    """Features of every split, normalised as the backbone was trained."""
+    mean, std = stores["train"].mean, stores["train"].std
+    if job.method == "random":
+        settings = parse(FinetuneConfig, merge(shared_settings(job.study), job.study.finetune))
+        torch.manual_seed(seed)
+        backbone = scratch_backbone(settings.model)
+    else:
+        run = job.study.output_dir / job.method
+        backbone, _ = load_backbone(run / "pretraining", image_size=input_size(job.study.model))
+        summary = read_summary(run)
+        mean, std = summary["mean"], summary["std"]
     backbone = backbone.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     return {split: probe.extract(backbone, store, mean=mean, std=std) for split, store in stores.items()}
 
 
-def _random(config: StudyConfig, seed: int) -> ViTModel:
-    settings = parse(FinetuneConfig, merge(shared_settings(config), config.finetune, {"seed": seed}))
-    torch.manual_seed(seed)
-    return scratch_backbone(settings.model)
-
-
-def _few_labels(features: Features, labels: Labels, train: Store, config: StudyConfig, seed: int) -> dict[str, Any]:
+def _few_labels(features: Features, stores: dict[str, Store], config: StudyConfig, seed: int) -> dict[str, Any]:
     """Linear probe and kNN with the labels that fine-tuning has with this seed."""
+    train, labels = stores["train"], {split: store.labels for split, store in stores.items()}
     rows = np.arange(len(train))
     if config.labels_per_class is not None:
         rows = few_labels(train.labels, config.labels_per_class, seed, groups=list(train.groups))

@@ -107,6 +107,7 @@ def train(job: Job, accelerator: Accelerator, folder: RunFolder) -> dict[str, fl
         # The epoch's end: figures on held-out images, and a checkpoint.
         last = epoch + 1 == config.epochs
         if config.eval_every and ((epoch + 1) % config.eval_every == 0 or last):
+            watch.require_finite(core)
             core.eval()
             watch.log_evaluation(step, epoch, job.evaluate(epoch))
         if config.save_every and ((epoch + 1) % config.save_every == 0 or last):
@@ -122,9 +123,10 @@ def make_accelerator(config: TrainConfig, project: str | os.PathLike[str]) -> Ac
         torch.set_num_threads(config.threads)
     logging.disable_progress_bar()  # the run has its own
     on_cpu = not torch.cuda.is_available()
-    precision = config.precision
+    precision: str = config.precision
     if precision == "auto":
-        precision = "bf16" if not on_cpu and torch.cuda.is_bf16_supported() else "no"
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch` was told
+        precision = "bf16" if not on_cpu and torch.cuda.is_bf16_supported() else launched
     if precision == "fp16" and on_cpu:
         raise EmsslError("fp16 needs a GPU: choose --train.precision bf16 or no on the CPU.")
     AcceleratorState._reset_state()  # one session may run several jobs, each with its own precision
@@ -192,7 +194,8 @@ def _announce(job: Job, accelerator: Accelerator, peak: float, total: int, done:
     config = job.config.train
     parameters = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     accelerator.print(
-        f"{job.samples:,} images, {parameters / 1e6:.1f} M trainable parameters, {config.epochs} epochs = {total:,} steps\n"
+        f"{job.samples:,} images, {parameters / 1e6:.1f} M trainable parameters, "
+        f"{config.epochs} epochs = {total:,} steps\n"
         f"effective batch {config.batch_size} = {accelerator.num_processes} process(es) x "
         f"{config.batch_size // accelerator.num_processes // config.accumulation} images x {config.accumulation} "
         f"micro-step(s); learning rate {peak:.3g} (base {job.config.optim.base_lr:.3g} x {config.batch_size}/256); "

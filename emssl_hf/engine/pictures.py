@@ -46,9 +46,7 @@ def reconstruction_sheet(
 
 
 def _grey() -> Any:
-    colours = plt.get_cmap("gray").copy()
-    colours.set_bad("#d9e2ec")
-    return colours
+    return plt.get_cmap("gray").with_extremes(bad="#d9e2ec")
 
 
 def _caption(model: Any) -> str:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from emssl_hf.engine.config import StudyConfig
+from emssl_hf.engine.frozen import FrozenProbe
 from emssl_hf.engine.run_folder import read_metrics, read_summary
 from emssl_hf.engine.statistics import first_epoch, interval
 from emssl_hf.models import load_objective
@@ -22,9 +23,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SCRATCH = "#555555"
 
 
-def write_report(
-    config: StudyConfig, facts: dict[str, Any], recipe: dict[str, Any], probes: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def write_report(config: StudyConfig, facts: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     """Write report.json, report.md and the pictures into the study's folder; returns what report.json holds."""
     folder = config.output_dir
     report = {
@@ -33,8 +32,8 @@ def write_report(
         "seeds": list(config.seeds),
         "facts": facts,
         "scratch_recipe": recipe,
-        "methods": {method: figures_of(config, method, probes) for method in ["scratch", *config.methods]},
-        "random_weights": _probe_figures(probes["random"]),
+        "methods": {method: figures_of(config, method) for method in ["scratch", *config.methods]},
+        "random_weights": _probe_figures(config, "random"),
     }
     if config.scratch_long:
         report["scratch_long"] = _long_run(folder / "finetune" / "scratch-long")
@@ -49,7 +48,7 @@ def write_report(
     return report
 
 
-def figures_of(config: StudyConfig, method: str, probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def figures_of(config: StudyConfig, method: str) -> dict[str, Any]:
     """The figures of one method over the seeds; gains are paired with scratch's run of the same seed."""
     runs = _runs(config, method)
     tests = [read_summary(run)["test"] for run in runs]
@@ -69,7 +68,7 @@ def figures_of(config: StudyConfig, method: str, probes: dict[str, dict[str, Any
     }
     if method != "scratch":
         summary = read_summary(config.output_dir / method)
-        figures |= _probe_figures(probes[method])
+        figures |= _probe_figures(config, method)
         figures["title"] = summary["method"]
         figures["pretrain_seconds"] = summary["seconds"]
         rates = [line["images_per_s"] for line in read_metrics(config.output_dir / method) if line["kind"] == "train"]
@@ -78,10 +77,11 @@ def figures_of(config: StudyConfig, method: str, probes: dict[str, dict[str, Any
     return figures
 
 
-def _probe_figures(probe: dict[str, Any]) -> dict[str, Any]:
+def _probe_figures(config: StudyConfig, method: str) -> dict[str, Any]:
+    probe = read_summary(FrozenProbe(config, method).output_dir)
     return {
         "linear_probe": interval(probe["linear"]),
-        "linear_probe_all_labels": interval(probe["linear_all"]),
+        "linear_probe_all_labels": interval(sorted(set(probe["linear_all"]))),
         "knn": interval(probe["knn"]),
         "linear_probe_features": probe["linear_pool"],
         "knn_k": probe["k"],

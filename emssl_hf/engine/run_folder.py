@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import shutil
 import sys
@@ -38,7 +37,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_same_run()
             again = dataclasses.replace(self.config, overwrite=False)  # the recipe of a run must not delete it
-            self._write_atomically("run.yaml", _header(self.job) + to_yaml(again))
+            write_atomically(self.path / "run.yaml", _header(self.job) + to_yaml(again))
         except OSError as error:
             raise EmsslError(
                 f"The output folder {self.path} cannot be written ({error.strerror}): choose another --output_dir."
@@ -55,17 +54,16 @@ class RunFolder:
         stored, mine = yaml.safe_load(recipe.read_text()), result_settings(self.config)
         there = {key: _setting(stored, key) for key in mine}
         different = sorted(key for key in mine if there[key] != mine[key])
-        if different:
+        if different and self._has_begun():
             changes = ", ".join(f"{key} ({there[key]} there, {mine[key]} here)" for key in different)
             raise EmsslError(
                 f"{self.path} holds a run with other settings: {changes}. Choose another --output_dir to keep both, "
                 "or give --overwrite true to delete that run and start anew."
             )
 
-    def _write_atomically(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose: a run that was refused before its first step leaves its recipe alone."""
+        return any(path.name != "run.yaml" and not _is_empty(path) for path in self.path.iterdir())
 
     @property
     def finished(self) -> bool:
@@ -74,11 +72,27 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as ended, with its closing figures."""
-        self._write_atomically(DONE, json.dumps(summary, indent=1))
+        write_summary(self.path, summary)
 
     def summary(self) -> dict[str, Any]:
         """The closing figures of a finished run."""
         return read_summary(self.path)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Mark the run in `path` as ended, with its closing figures."""
+    write_atomically(path / DONE, json.dumps(summary, indent=1))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The whole text or none of it."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(file)
 
 
 def read_summary(path: Path) -> dict[str, Any]:

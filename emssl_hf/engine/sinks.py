@@ -108,7 +108,8 @@ def prepare(file: Path, settings: dict[str, Any]) -> None:
             different = [key for key in settings if stored.get(key) != settings[key]]
             if different:
                 raise EmsslError(
-                    f"{file} was made with other settings ({', '.join(different)}): delete it or choose another --output."
+                    f"{file} was made with other settings ({', '.join(different)}): delete it, or choose another "
+                    "--output."
                 )
         memory.write_text(json.dumps(settings))
     except OSError as error:

@@ -26,13 +26,16 @@ from emssl_hf.engine.config import (
     shared_settings,
 )
 from emssl_hf.engine.finetune import finetune
-from emssl_hf.engine.frozen import probe_backbones
+from emssl_hf.engine.frozen import FrozenProbe, probe_backbone
 from emssl_hf.engine.pretrain import pretrain
 from emssl_hf.engine.report import write_report
 from emssl_hf.engine.run_folder import RunFolder, read_metrics, read_summary
 from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
 from emssl_hf.errors import EmsslError
+from emssl_hf.machine import cores
 from emssl_hf.models.backbone import load_backbone, publish_backbone
+
+Settings = PretrainConfig | FinetuneConfig | FrozenProbe
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Stage:
     """One run of the study; its settings may depend on the stages that it needs, so they are asked for late."""
 
     name: str
-    make: Callable[[], PretrainConfig | FinetuneConfig]
+    make: Callable[[], Settings]
     epochs: int
     needs: tuple[str, ...] = ()
 
@@ -59,12 +62,12 @@ def study(config: StudyConfig) -> Path:
     facts = prepare_data(source, config)
     print(f"study in {folder.path}: {facts['images']:,} images for pretraining, {facts['overlap']} shared with test")
     pretraining, sweep = pretraining_stages(config), sweep_stages(config)
-    run_stages([*pretraining, *sweep, *finetuning_stages(config)], config.jobs or default_jobs())
+    stages = [*pretraining, *sweep, *finetuning_stages(config), *probe_stages(config)]
+    run_stages(stages, config.jobs or default_jobs())
     recipe = best_scratch(config)
     for method in ["scratch", *config.methods]:
         collect_products(config, method)
-    probes = probe_backbones(source, config)
-    write_report(config, facts, recipe, probes)
+    write_report(config, facts, recipe)
     folder.finish({"job": "study"})
     print((folder.path / "report.md").read_text().split("\n## ")[0])
     print(f"report: {folder.path / 'report.md'}")
@@ -74,11 +77,6 @@ def study(config: StudyConfig) -> Path:
 def default_jobs() -> int:
     """Small runs use cores better side by side than one after another; a GPU takes one run at a time."""
     return 1 if torch.cuda.is_available() else cores()
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def prepare_data(source: Source, config: StudyConfig) -> dict[str, Any]:
@@ -150,7 +148,15 @@ def finetuning_stages(config: StudyConfig) -> list[Stage]:
     return stages
 
 
-def _same(settings: PretrainConfig | FinetuneConfig) -> PretrainConfig | FinetuneConfig:
+def probe_stages(config: StudyConfig) -> list[Stage]:
+    """Linear probe and kNN on every frozen backbone, and on random weights."""
+    stages = [Stage("random weights, probes", partial(_same, FrozenProbe(config, "random")), 0)]
+    for method in config.methods:
+        stages.append(Stage(f"{method}, probes", partial(_same, FrozenProbe(config, method)), 0, (method,)))
+    return stages
+
+
+def _same(settings: Settings) -> Settings:
     return settings
 
 
@@ -177,6 +183,8 @@ def run_stages(stages: list[Stage], workers: int) -> None:
     waiting, done = list(stages), set[str]()
     running: dict[Future[Path], tuple[Stage, Path]] = {}
     threads = max(1, cores() // workers)
+    # Linear algebra libraries read this when they load; more threads than cores would wait for each other.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)))
     context = multiprocessing.get_context("spawn")
     bar = tqdm(total=sum(stage.epochs for stage in stages), unit="epoch", smoothing=0.05, disable=None)
     with bar, ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -207,14 +215,20 @@ def _check(future: "Future[Path]", stage: Stage, folder: Path, pool: ProcessPool
     ) from error
 
 
-def run_stage(settings: PretrainConfig | FinetuneConfig, threads: int) -> Path:
+def run_stage(settings: Settings, threads: int) -> Path:
     """One stage in a process of its own; what it says goes to its log."""
     torch.set_num_threads(threads)
     os.environ["EMSSL_QUIET"] = "1"
     file = log_file(settings.output_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        return pretrain(settings) if isinstance(settings, PretrainConfig) else finetune(settings)
+        match settings:
+            case PretrainConfig():
+                return pretrain(settings)
+            case FinetuneConfig():
+                return finetune(settings)
+            case FrozenProbe():
+                return probe_backbone(settings)
 
 
 def log_file(run: Path) -> Path:
@@ -233,6 +247,8 @@ def closing_line(run: Path) -> str:
     summary = read_summary(run)
     if summary["job"] == "pretrain":
         return f"pretrained in {summary['seconds']:.0f} s, loss {summary['loss']:.4f}"
+    if summary["job"] == "probe":
+        return f"linear probe {100 * np.mean(summary['linear']):.1f} %, kNN {100 * np.mean(summary['knn']):.1f} %"
     return f"validation accuracy {100 * summary['validation_accuracy']:.1f} % in {summary['seconds']:.0f} s"
 
 

@@ -1,13 +1,14 @@
-"""Finished runs, made once per session and only read by the tests."""
+"""Finished runs, made once and only read by the tests."""
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from emssl_hf.data.opening import open_dataset
@@ -20,7 +21,16 @@ from tests.engine.tiny import METHODS, finetune_config, pretrain_config
 Finished = Callable[[str], Path]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package", autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """Bit-exact promises are tested on the CPU, also where there is a GPU; children inherit the empty list."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """`finished("mae")`: the folder of a pretraining that came to its end."""
     home, made = tmp_path_factory.mktemp("runs"), dict[str, Path]()
@@ -33,14 +43,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def finetuned(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a fine-tuning from MAE's pretraining."""
     folder = tmp_path_factory.mktemp("runs") / "finetune"
     return finetune(finetune_config(folder, model={"init": str(finished("mae") / "pretraining")}))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def test_images() -> NDArray[np.uint8]:
     """The twelve images of the test split at 32 x 32, as the classifier sees them."""
     opened = open_dataset("synthsem", options=TINY_SET["options"])
@@ -48,7 +58,7 @@ def test_images() -> NDArray[np.uint8]:
     return store.gather(range(len(store)))[0].numpy()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stock(
     finished: Finished, finetuned: Path, test_images: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:

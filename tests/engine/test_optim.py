@@ -1,6 +1,7 @@
 """Schedules and parameter groups against formulas and names written down by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def test_warm_up_is_linear_and_cosine_ends_at_the_floor() -> None:
     assert rates[60] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
     for step in (25, 40, 77):
         assert rates[step] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * (step - 20) / 80)) / 2)
-    assert all(a < b for a, b in zip(rates[:20], rates[1:21], strict=True))
-    assert all(a > b for a, b in zip(rates[20:100], rates[21:], strict=True))
+    assert all(a < b for a, b in pairwise(rates[:21]))
+    assert all(a > b for a, b in pairwise(rates[20:]))
 
 
 def test_schedules_without_warm_up_or_shorter_than_it_are_defined() -> None:

@@ -17,8 +17,9 @@ from emssl_hf.data.opening import open_dataset
 from emssl_hf.data.store import build_store
 from emssl_hf.engine.config import PretrainConfig, parse
 from emssl_hf.engine.loop import make_accelerator
-from emssl_hf.engine.pretrain import build_objective, pretrain, views_of
+from emssl_hf.engine.pretrain import Pretraining, build_objective, pretrain, views_of
 from emssl_hf.engine.run_folder import read_metrics, read_summary
+from emssl_hf.engine.sources import open_source
 from emssl_hf.models import MicrographImageProcessor, load_objective
 from tests.conftest import TINY_SET
 from tests.engine.conftest import Finished
@@ -65,7 +66,13 @@ def test_the_loss_falls(method: str, finished: Finished) -> None:
 
 
 def test_the_loss_of_mocov3_falls_and_its_accuracy_rises(tmp_path: Path) -> None:
-    mild = {"scale": [0.7, 1.0], "brightness": 0.1, "contrast": 0.1, "blur_probability": 0.0, "solarize_probability": 0.0}
+    mild = {
+        "scale": [0.7, 1.0],
+        "brightness": 0.1,
+        "contrast": 0.1,
+        "blur_probability": 0.0,
+        "solarize_probability": 0.0,
+    }
     train = {"epochs": 14, "batch_size": 25, "eval_every": 0, "save_every": 0}
     run = pretrain(pretrain_config("mocov3", tmp_path / "run", augment=mild, train=train))
     lines = read_metrics(run)
@@ -126,8 +133,6 @@ def test_the_second_call_does_nothing(finished: Finished, capsys: pytest.Capture
 def test_a_run_that_was_killed_ends_as_one_that_was_not(
     method: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emssl_hf.engine.pretrain import Pretraining
-
     config = pretrain_config(method, tmp_path / "run")
     with monkeypatch.context() as patch:
         kill_at(14, patch, Pretraining)  # in the middle of the second epoch
@@ -214,6 +219,17 @@ def test_the_recipe_changes_the_views_and_leaves_the_rest_to_the_method() -> Non
     own, made = model.views(model.config), views_of(model, config.augment)
     assert [view.brightness for view in made] == [0.1, 0.1] and made[0].scale == (0.5, 0.9)
     assert [dataclasses.replace(v, brightness=0.4, scale=(0.08, 1.0)) for v in made] == list(own)
+
+
+def test_every_epoch_has_its_own_views_and_masks(tmp_path: Path) -> None:
+    config = pretrain_config("mae", tmp_path)
+    accelerator = make_accelerator(config.train, tmp_path)
+    model = build_objective(config, accelerator)
+    job = Pretraining(config, model, open_source(config.data, accelerator), accelerator)
+    batch = next(job.batches(0, 0, 1))
+    first, again, later = (job.loss(model, batch, epoch)[0].item() for epoch in (0, 0, 1))
+    assert first == again != later
+    assert not torch.equal(batch.indices, next(job.batches(1, 0, 1)).indices)
 
 
 def test_all_takes_every_split_and_given_the_train_split(tmp_path: Path) -> None:

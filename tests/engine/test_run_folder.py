@@ -9,6 +9,7 @@ import yaml
 from emssl_hf.engine.config import PretrainConfig, StudyConfig, parse, result_settings, to_yaml
 from emssl_hf.engine.run_folder import MetricsWriter, RunFolder, read_metrics
 from emssl_hf.errors import EmsslError
+from tests.conftest import TINY_SET
 from tests.engine.tiny import pretrain_config
 
 
@@ -16,6 +17,11 @@ def prepare(config: PretrainConfig) -> RunFolder:
     folder = RunFolder(config, "pretrain")
     folder.prepare()
     return folder
+
+
+def begin(run: Path) -> None:
+    """Leave what a first step leaves."""
+    MetricsWriter(run, 0).write({"kind": "train", "step": 1})
 
 
 def test_the_recipe_of_a_run_is_a_recipe(tmp_path: Path) -> None:
@@ -39,6 +45,7 @@ def test_the_recipe_of_a_run_that_overwrote_does_not_delete_it_again(tmp_path: P
 
 def test_other_settings_are_refused_by_name_with_both_ways_out(tmp_path: Path) -> None:
     prepare(pretrain_config("mae", tmp_path / "run"))
+    begin(tmp_path / "run")
     changed = pretrain_config(
         "mae", tmp_path / "run", seed=3, train={"epochs": 7}, model={"options": {"mask_ratio": 0.5}}
     )
@@ -50,10 +57,19 @@ def test_other_settings_are_refused_by_name_with_both_ways_out(tmp_path: Path) -
     assert "--overwrite true" in message and "optim" not in message
 
 
+def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
+    prepare(pretrain_config("mae", tmp_path / "run", model={"options": {"mask_ration": 0.5}}))
+    MetricsWriter(tmp_path / "run", 0)
+    config = pretrain_config("mae", tmp_path / "run", model={"options": {"mask_ratio": 0.5}})
+    prepare(config)
+    assert parse(PretrainConfig, yaml.safe_load((tmp_path / "run/run.yaml").read_text())) == config
+
+
 def test_where_and_how_a_run_works_may_change(tmp_path: Path) -> None:
     prepare(pretrain_config("mae", tmp_path / "run"))
+    begin(tmp_path / "run")
     free = {"log_every": 7, "threads": 2, "save_every": 2, "keep": 5, "eval_every": 3, "gradient_checkpointing": True}
-    data = {"path": "elsewhere", "workers": 3, "store": str(tmp_path / "stores")}
+    data = {**TINY_SET, "path": "elsewhere", "workers": 3, "store": str(tmp_path / "stores")}
     prepare(pretrain_config("mae", tmp_path / "run", train=free, data=data))
     assert "log_every: 7" in (tmp_path / "run/run.yaml").read_text()
 
@@ -69,6 +85,7 @@ def test_the_methods_of_a_study_are_compared_too(tmp_path: Path) -> None:
         RunFolder(parse(StudyConfig, {"output_dir": str(tmp_path / "study"), **changes}), "study").prepare()
 
     study(methods={"mae": {}})
+    begin(tmp_path / "study")
     study(methods={"mae": {}})
     with pytest.raises(EmsslError, match="methods"):
         study(methods={"mae": {"optim": {"base_lr": 0.1}}})
