@@ -8,6 +8,7 @@ from emssl_hf.engine import predict as prediction
 from emssl_hf.engine import pretrain as pretraining
 from emssl_hf.engine import study as comparison
 from emssl_hf.engine.config import FinetuneConfig, PretrainConfig, StudyConfig, T, merge, parse
+from emssl_hf.engine.loop import is_main_process
 from emssl_hf.hub.cards import write_card
 from emssl_hf.recipes import load_recipe
 
@@ -50,13 +51,16 @@ def study(
 
 
 def run_pretrain(config: PretrainConfig) -> Path:
-    """Pretrain, then write the model card."""
-    return _with_card(pretraining.pretrain(config))
+    """Pretrain, write the model card, and say what comes next."""
+    run = pretraining.pretrain(config)
+    next_ = f"emssl finetune --config finetune_vit_{_recipe_size(config)} --model.init {run / 'backbone'}"
+    return _close(run, f"{next_} --data.path LABELLED --output_dir {run}-classes")
 
 
 def run_finetune(config: FinetuneConfig) -> Path:
-    """Fine-tune, then write the model card."""
-    return _with_card(finetuning.finetune(config))
+    """Fine-tune, write the model card, and say what comes next."""
+    run = finetuning.finetune(config)
+    return _close(run, f"emssl predict {run / 'classifier'} FOLDER --output predictions.csv")
 
 
 def run_study(config: StudyConfig) -> Path:
@@ -68,12 +72,16 @@ def run_study(config: StudyConfig) -> Path:
     return folder
 
 
-def _with_card(run: Path) -> Path:
-    from emssl_hf.engine.loop import is_main_process
-
+def _close(run: Path, next_command: str) -> Path:
     if is_main_process():
         write_card(run)
+        print(f"in {run}; next: {next_command}")
     return run
+
+
+def _recipe_size(config: PretrainConfig) -> str:
+    """The size of the fine-tuning recipe that goes with it; there is none for large."""
+    return "base" if config.model.size == "large" else config.model.size
 
 
 def _config(

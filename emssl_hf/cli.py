@@ -61,6 +61,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # bars are for people who watch
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _with_recipes(arguments: list[str]) -> list[str]:
@@ -132,7 +134,7 @@ def _predict_parser(name: str) -> ArgumentParser:
 def _convert_parser(name: str) -> ArgumentParser:
     parser = _new_parser(
         prog="emssl convert",
-        description="Turn a checkpoint of the original MAE, MoCo v3 or mmpretrain (MAE, MFF) into models of this package.",
+        description="Turn a checkpoint of the original MAE, MoCo v3 or mmpretrain into models of this package.",
         epilog="Example: emssl convert mae_pretrain_vit_base_full.pth runs/mae-imagenet --channels 1",
     )
     parser.add_argument("file", type=str, help="The checkpoint, .pth or .safetensors.")
@@ -156,6 +158,18 @@ def _stores_parser(name: str) -> ArgumentParser:
     parser.add_argument("--root", type=Path | None, default=None, help="Their folder; by default the user's cache.")
     parser.add_argument("--prune", type=bool, default=False, help="Delete unused stores.")
     parser.add_argument("--unused_days", type=float, default=30.0, help="Days without use before a store goes.")
+    return parser
+
+
+def _bench_parser(name: str) -> ArgumentParser:
+    parser = _new_parser(
+        prog="emssl bench",
+        description="Images per second of pretraining, beside transformers' Trainer on the same files.",
+        epilog="Example: emssl bench --json bench.json",
+    )
+    parser.add_argument("--json", type=Path | None, default=None, help="Write the figures here.")
+    parser.add_argument("--steps", type=int, default=6, help="Optimizer steps per round and side.")
+    parser.add_argument("--rounds", type=int, default=3, help="Turns of both sides; medians are reported.")
     return parser
 
 
@@ -194,6 +208,12 @@ def _run_convert(settings: Any) -> None:
 
     for name, path in convert(**settings.as_dict()).items():
         print(f"{name}: {path}")
+
+
+def _run_bench(settings: Any) -> None:
+    from emssl_hf.engine.bench import bench
+
+    bench(settings.json, steps=settings.steps, rounds=settings.rounds)
 
 
 def _run_stores(settings: Any) -> None:
@@ -242,6 +262,7 @@ _COMMANDS: dict[str, tuple[Callable[[str], ArgumentParser], Run]] = {
     "embed": (_predict_parser, _run_embed),
     "convert": (_convert_parser, _run_convert),
     "stores": (_stores_parser, _run_stores),
+    "bench": (_bench_parser, _run_bench),
 }
 
 

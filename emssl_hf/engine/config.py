@@ -26,7 +26,7 @@ class DataConfig:
 
     Args:
         path: A folder of micrographs, a saved `datasets` folder, a Hub id, or `synthsem`.
-        options: Options of the synthetic set (images, size, imbalance, seed).
+        options: Options of the synthetic set (images, size, imbalance, seed); other data has none.
         labels: `auto` (class folders or labels.csv), `none`, or the path of a CSV with the columns path and label.
         split: Which images pretraining sees: `given` is the set's own train split, or every image where it has none;
             `train` makes a split first where none is given; `all` includes validation and test (transductive).
@@ -60,7 +60,8 @@ class ModelConfig:
         size: tiny, small, base or large (192, 384, 768, 1024 wide).
         image_size: Pixels of the square input, or [height, width].
         patch_size: Pixels of a square patch.
-        init: Start from these weights: a `pretraining/` or `backbone/` folder, any stock ViT here or on the Hub.
+        init: Start from these weights: a `pretraining/` or `backbone/` folder, any stock ViT here or on the Hub. A
+            classifier then takes its width, depth and patches from there.
         options: Any other field of the method's configuration, such as mask_ratio or hidden_size.
     """
 

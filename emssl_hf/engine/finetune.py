@@ -1,5 +1,6 @@
 """Supervised training of a classifier: from pretrained weights, or from scratch as the baseline."""
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ class Finetuning:
     ) -> None:
         self.model, self.stores, self.folder, self.accelerator = model, stores, folder, accelerator
         self.store = stores["train"]
-        self.samples, self.data_key = len(self.store), f"{self.store.path.name}-{len(self.store)}"
+        self.samples, self.data_key = len(self.store), _data_key(self.store)
         self.config = fit_batch(config, self.samples, accelerator)
         self.depth: int = model.config.num_hidden_layers
         self.state: dict[str, Any] = {"best": -1.0, "best_epoch": 0}
@@ -163,17 +164,22 @@ def labelled_stores(source: Source, config: FinetuneConfig) -> dict[str, Store]:
     """train (the drawn labels, with room for crops), validation and test (at the model's input size)."""
     splits = source.labelled_splits()
     size = input_size(config.model)
-    train_store = _labelled(source.store(splits["train"], training_resolution(config.data, config.model)))
+    train_store = labelled(source.store(splits["train"], training_resolution(config.data, config.model)))
     if config.labels_per_class is not None:
         drawn = few_labels(train_store.labels, config.labels_per_class, config.seed, groups=list(train_store.groups))
         train_store = train_store.subset(drawn)
     stores = {"train": train_store}
     for split in ("validation", "test"):
-        stores[split] = _labelled(source.store(splits[split], size))
+        stores[split] = labelled(source.store(splits[split], size))
     return stores
 
 
-def _labelled(store: Store) -> Store:
+def _data_key(store: Store) -> str:
+    """Which images these are, and what their labels are."""
+    return f"{store.path.name}-{zlib.crc32(store.rows.tobytes() + store.labels.tobytes()):08x}"
+
+
+def labelled(store: Store) -> Store:
     """The images that have a label: a labels file need not name all of them."""
     return store if (store.labels >= 0).all() else store.subset(np.flatnonzero(store.labels >= 0))
 
@@ -252,7 +258,7 @@ def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) 
             "classes": test.label_names,
             "mean": job.mean,
             "std": job.std,
-            "validation_accuracy": job.state["best"],
+            "validation_accuracy": job.state["best"] if job.state["best_epoch"] else None,
             "best_epoch": job.state["best_epoch"],
             **figures,
             "test": result,

@@ -15,7 +15,7 @@ from emssl_hf.data.curation import few_labels
 from emssl_hf.data.store import Store
 from emssl_hf.engine import probe
 from emssl_hf.engine.config import FinetuneConfig, StudyConfig, merge, parse, shared_settings
-from emssl_hf.engine.finetune import scratch_backbone
+from emssl_hf.engine.finetune import labelled, scratch_backbone
 from emssl_hf.engine.run_folder import DONE, read_summary, write_summary
 from emssl_hf.engine.sources import input_size, open_source
 from emssl_hf.models.backbone import load_backbone
@@ -51,7 +51,7 @@ def probe_backbone(job: FrozenProbe) -> Path:
     config = job.study
     source = open_source(config.data, Accelerator(cpu=not torch.cuda.is_available()))
     splits = source.labelled_splits()
-    stores = {split: source.store(splits[split], input_size(config.model)) for split in splits}
+    stores = {split: labelled(source.store(splits[split], input_size(config.model))) for split in splits}
     figures: list[dict[str, Any]] = []
     for number, seed in enumerate(config.seeds):
         if number == 0 or job.method == "random":

@@ -34,7 +34,7 @@ class MacroF1(evaluate.Metric):
 
 def classification_figures(predicted: NDArray[np.int64], truth: NDArray[np.int64], classes: int) -> dict[str, Any]:
     """Accuracy, macro-F1, recall per class and the confusion matrix (rows: truth) as plain numbers."""
-    both = evaluate.combine([Accuracy(), MacroF1()])
+    both = evaluate.combine([Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)])
     matrix = confusion_matrix(truth, predicted, labels=range(classes))
     recall = matrix.diagonal() / np.maximum(matrix.sum(1), 1)
     return {

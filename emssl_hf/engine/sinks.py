@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -88,9 +89,10 @@ class ParquetSink:
         files = self._files()
         if files and files != [self.file]:
             temporary = self.file.with_name(f".{self.file.name}.tmp")
-            pq.write_table(
-                pa.concat_tables([pq.read_table(file) for file in files], promote_options="permissive"), temporary
-            )
+            whole = pa.concat_tables([pq.read_table(file) for file in files], promote_options="permissive")
+            # A kill after an earlier rename leaves parts whose rows the file has: the first of each path counts.
+            first = np.unique(whole["path"].to_numpy(zero_copy_only=False), return_index=True)[1]
+            pq.write_table(whole.take(np.sort(first)), temporary)
             temporary.replace(self.file)
         shutil.rmtree(self.parts)
 

@@ -68,7 +68,7 @@ class Source:
 
 def open_source(config: DataConfig, accelerator: Accelerator) -> Source:
     """Open the data set that the settings name; one process per machine does the work, the others wait."""
-    options = dict(config.options)
+    options = dict(config.options) if config.path == "synthsem" else {}
     if config.labels != "auto":
         options["labels"] = None if config.labels == "none" else config.labels
     with accelerator.local_main_process_first():
