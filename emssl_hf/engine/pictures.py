@@ -37,7 +37,8 @@ def reconstruction_sheet(
         axes[0, column].set_title(title, fontsize=9)
         for row in range(len(rows)):
             axis = axes[row, column]
-            axis.imshow((images_[row, 0] * std + mean).clamp(0, 1), cmap=_grey(), vmin=0, vmax=1)
+            darkest, brightest = pixels[row, 0].quantile(torch.tensor([0.01, 0.99])).tolist()
+            axis.imshow(images_[row, 0], cmap=_grey(), vmin=darkest, vmax=brightest)
             axis.axis("off")
     figure.text(0.5, 0.005, _caption(model), ha="center", fontsize=7, color="0.35")
     figure.tight_layout(rect=(0, 0.015, 1, 1))

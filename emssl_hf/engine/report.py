@@ -128,7 +128,8 @@ def curves_picture(config: StudyConfig, file: Path) -> None:
         curve = np.array(_curve(config.output_dir / "finetune" / "scratch-long"))
         axis.axhline(100 * curve[:, 1].max(), color=SCRATCH, ls=":", lw=1.2)
         label = f"scratch, best of {int(curve[-1, 0])} epochs"
-        axis.annotate(label, (1, 100 * curve[:, 1].max()), fontsize=8, color=SCRATCH, va="bottom")
+        across = axis.get_yaxis_transform()  # x in shares of the axis, y in %
+        axis.text(0.01, 100 * curve[:, 1].max(), label, transform=across, fontsize=8, color=SCRATCH, va="bottom")
     axis.set(xlabel="fine-tuning epoch", ylabel="validation accuracy, %")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")
@@ -141,14 +142,15 @@ def curves_picture(config: StudyConfig, file: Path) -> None:
 def confusion_picture(config: StudyConfig, classes: list[str], file: Path) -> None:
     """Confusion matrices of the test split, summed over the seeds, each row as shares of its true class."""
     methods = ["scratch", *config.methods]
+    short = [" ".join(name.split("_")[:2]) for name in classes]
     figure, axes = plt.subplots(1, len(methods), figsize=(3.1 * len(methods) + 1.6, 4.6), sharey=True, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
         matrix = np.sum([read_summary(run)["test"]["confusion"] for run in _runs(config, method)], axis=0)
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axis.set_title(_title(method), fontsize=11)
-        axis.set_xticks(range(len(classes)), [name.replace("_", " ") for name in classes], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(classes)), [name.replace("_", " ") for name in classes], fontsize=8)
+        axis.set_xticks(range(len(classes)), short, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(classes)), short, fontsize=8)
         for row, column in np.argwhere(shares >= 0.05):
             dark = shares[row, column] > 0.5
             text = f"{100 * shares[row, column]:.0f}"
@@ -156,7 +158,7 @@ def confusion_picture(config: StudyConfig, classes: list[str], file: Path) -> No
     axes[0, 0].set_ylabel("true class")
     figure.supxlabel("predicted class; numbers are % of the true class", fontsize=9)
     figure.tight_layout()
-    figure.savefig(file, dpi=140)
+    figure.savefig(file, dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
