@@ -17,13 +17,21 @@ predict = prediction.predict
 
 
 def pretrain(
-    data: str | Path, output_dir: str | Path, *, method: str = "mae", recipe: str | Path | None = None, **settings: Any
+    data: str | Path,
+    output_dir: str | Path,
+    *,
+    method: str | None = None,
+    recipe: str | Path | None = None,
+    **settings: Any,
 ) -> Path:
-    """Pretrain on a folder of micrographs, a data set or `synthsem`; returns the run folder.
+    """Pretrain on a folder of micrographs, a data set or `synthsem`; by MAE if neither recipe nor method says else.
 
-    Settings are those of `emssl pretrain`, nested: `train={"epochs": 50}`. They win over the recipe.
+    Settings are those of `emssl pretrain`, nested: `train={"epochs": 50}`. They win over the recipe. Returns the run
+    folder.
     """
-    return run_pretrain(_config(PretrainConfig, recipe, settings, data, output_dir, {"method": method}))
+    return run_pretrain(
+        _config(PretrainConfig, recipe, settings, data, output_dir, {} if method is None else {"method": method})
+    )
 
 
 def finetune(

@@ -206,8 +206,10 @@ def _run_embed(settings: Any) -> None:
 def _run_convert(settings: Any) -> None:
     from emssl_hf.hub.convert import convert
 
-    for name, path in convert(**settings.as_dict()).items():
+    written = convert(**settings.as_dict())
+    for name, path in written.items():
         print(f"{name}: {path}")
+    print(written["readme"].read_text(encoding="utf-8").strip().splitlines()[-1])  # the licence that stays on them
 
 
 def _run_bench(settings: Any) -> None:

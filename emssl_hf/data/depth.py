@@ -47,11 +47,7 @@ def to_uint8(
 def to_uint16(
     array: NDArray[np.generic], stretch: tuple[float, float] = DEFAULT_STRETCH
 ) -> tuple[NDArray[np.uint16], Stretch]:
-    """16-bit copy: uint16 untouched, int16 shifted, 8-bit times 257 (all exact), deeper ones stretched."""
-    if array.dtype == np.uint16:
-        return array.view(np.uint16), Stretch(0.0, 65535.0)
-    if array.dtype == np.int16:
-        return (array.astype(np.int32) + 32768).astype(np.uint16), Stretch(-32768.0, 32767.0)
+    """16-bit copy: 8-bit images times 257, deeper ones stretched by the same percentiles as `to_uint8`."""
     if array.dtype in (np.uint8, np.bool_):
         narrow, narrow_stretch = to_uint8(array)
         return narrow.astype(np.uint16) * np.uint16(257), narrow_stretch

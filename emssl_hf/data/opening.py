@@ -13,6 +13,7 @@ import datasets
 from emssl_hf.data.folder import content_id, open_folder, split_name
 from emssl_hf.errors import EmsslError
 
+CONTENT_ID = re.compile(r"[0-9a-f]{32}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -117,8 +118,10 @@ def _with_columns(dataset: datasets.Dataset, name: str) -> datasets.Dataset:
         dataset = dataset.rename_column("labels", "label")
     if "label" in dataset.column_names and not isinstance(dataset.features["label"], datasets.ClassLabel):
         dataset = dataset.class_encode_column("label", include_nulls=False)
-    if "id" not in dataset.column_names:
-        dataset = dataset.add_column("id", _content_ids(dataset))
+    if "id" not in dataset.column_names or not all(CONTENT_ID.fullmatch(str(i)) for i in dataset["id"][:]):
+        # Somebody else's ids may be row numbers, which other images have too: ours say what the image is.
+        kept = dataset.remove_columns([column for column in ("id",) if column in dataset.column_names])
+        dataset = kept.add_column("id", _content_ids(kept))
     if "group" not in dataset.column_names:
         dataset = dataset.add_column("group", list(dataset["id"]))
     return dataset

@@ -194,6 +194,7 @@ class FinetuneConfig:
     Args:
         labels_per_class: Train on this many labelled images per class, drawn with the seed; `null` is all.
         select: The model that is tested and published: the best on the validation split, or the last.
+        test: Score that model on the test split, once, at the end.
         output_dir: The run folder.
         seed: Seed of the label draw, the head, data order, crops and drop path.
         overwrite: Delete the run that the output folder holds and start anew.
@@ -206,6 +207,7 @@ class FinetuneConfig:
     train: TrainConfig = TrainConfig(label_smoothing=0.1, drop_path=0.1, eval_every=1)
     labels_per_class: int | None = None
     select: Literal["best", "last"] = "best"
+    test: bool = True
     seed: int = 0
     output_dir: Path = _free(Path("runs/finetune"))
     overwrite: bool = _free(False)
@@ -243,19 +245,6 @@ def _walk(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{item.name}", _plain(value)
 
 
-def override(config: T, values: dict[str, Any], where: str = "") -> T:
-    """A copy with nested values replaced; a name that does not exist is refused with the nearest one."""
-    known = {item.name for item in dataclasses.fields(config)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in known:
-            raise EmsslError(f"There is no setting '{where}{name}'; known here: {', '.join(sorted(known))}.")
-        current = getattr(config, name)
-        nested = dataclasses.is_dataclass(current) and isinstance(value, dict)
-        changes[name] = override(current, value, f"{where}{name}.") if nested else value
-    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
-
-
 @dataclass(frozen=True)
 class StudyConfig:
     """The comparison: every method pretrained alike, fine-tuned alike, beside training from scratch.
@@ -271,7 +260,7 @@ class StudyConfig:
         scratch_long: Epochs of one more run from scratch, to show what time alone gives; 0 is off.
         labels_per_class: Labelled images per class; `null` is all.
         seeds: One label draw, head, order and augmentation per seed, the same for every method.
-        jobs: Runs at the same time; by default one per two gigabytes and core on the CPU, one on a GPU.
+        jobs: Runs at the same time; by default one per core on the CPU, at most eight, and one on a GPU.
         output_dir: The study's folder.
         overwrite: Delete the study that the output folder holds and start anew.
     """
@@ -323,3 +312,8 @@ def shared_settings(config: StudyConfig) -> dict[str, Any]:
     """The data and the model that all runs of a study have in common."""
     model = to_dict(config.model)
     return {"data": to_dict(config.data), "model": {key: model[key] for key in model if key != "init"}}
+
+
+def short_name(method: str) -> str:
+    """What folders are called after a method, which may be the path of a file."""
+    return Path(method).stem

@@ -1,5 +1,6 @@
 """Supervised training of a classifier: from pretrained weights, or from scratch as the baseline."""
 
+import csv
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.metrics import classification_figures
 from emssl_hf.engine.pretrain import geometry_of
 from emssl_hf.engine.run_folder import RunFolder
-from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
+from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution, write_skipped
 from emssl_hf.errors import EmsslError
 from emssl_hf.models import View
 from emssl_hf.models.backbone import SIZES, build_backbone, load_backbone, to_channels
@@ -100,7 +101,9 @@ class Finetuning:
         if figures["accuracy"] > self.state["best"]:
             self.state.update(best=figures["accuracy"], best_epoch=epoch + 1)
             if self.accelerator.is_main_process:
-                save_file(self.model.state_dict(), self.folder.path / BEST)
+                temporary = self.folder.path / f".{BEST}.tmp"
+                save_file(self.model.state_dict(), temporary)
+                temporary.replace(self.folder.path / BEST)
         return {f"validation_{name}": figures[name] for name in ("accuracy", "macro_f1")}
 
     def predict(self, split: str) -> NDArray[np.float32]:
@@ -143,8 +146,10 @@ def finetune(config: FinetuneConfig) -> Path:
     if on_main(accelerator, lambda: folder.finished):
         accelerator.print(f"{folder.path} is finished; nothing to do (--overwrite true starts anew)")
         return folder.path
-    with accelerator.local_main_process_first():
-        stores = labelled_stores(open_source(config.data, accelerator), config)
+    if config.select == "best" and not config.train.eval_every:
+        raise EmsslError("Without --train.eval_every there is no best model on validation: give --select last.")
+    source = open_source(config.data, accelerator)
+    stores = labelled_stores(source, config)
     model = build_classifier(config, stores["train"].label_names or [], accelerator)
     job = Finetuning(config, model, stores, folder, accelerator)
     if config.train.gradient_checkpointing:
@@ -154,6 +159,7 @@ def finetune(config: FinetuneConfig) -> Path:
     if config.train.tracker:
         accelerator.init_trackers("emssl_hf")
     figures = train(job, accelerator, folder)
+    on_main(accelerator, lambda: write_skipped(folder.path, source, list(stores.values())))
     close(job, accelerator, figures)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -238,7 +244,7 @@ def scratch_backbone(config: ModelConfig) -> ViTModel:
 
 
 def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) -> None:
-    """Score the selected model on the test split, once, and write what the run leaves behind."""
+    """Score the selected model on the test split, once and only if asked to, and write what the run leaves behind."""
     folder = job.folder.path
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -247,14 +253,16 @@ def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) 
         job.model.load_state_dict(load_file(folder / BEST))
     job.model.eval()
     test = job.stores["test"]
-    scores = job.predict("test")
-    result = classification_figures(scores.argmax(1), test.labels, job.classes)
+    scores = job.predict("test") if job.config.test else None
+    result = None if scores is None else classification_figures(scores.argmax(1), test.labels, job.classes)
     if accelerator.is_main_process:
         _publish(job, folder / "classifier")
-        _write_predictions(folder / "predictions.csv", test, scores)
+        if scores is not None:
+            _write_predictions(folder / "predictions.csv", test, scores)
         summary = {
             "job": "finetune",
             "images": job.samples,
+            "batch_size": job.config.train.batch_size,
             "classes": test.label_names,
             "mean": job.mean,
             "std": job.std,
@@ -265,7 +273,10 @@ def close(job: Finetuning, accelerator: Accelerator, figures: dict[str, float]) 
         }
         job.folder.finish(summary)
         (folder / BEST).unlink(missing_ok=True)
-    accelerator.print(f"test accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {len(test)} images")
+    if result is not None:
+        accelerator.print(
+            f"test accuracy {result['accuracy']:.4f}, macro-F1 {result['macro_f1']:.4f}, {len(test)} images"
+        )
 
 
 def _publish(job: Finetuning, folder: Path) -> None:
@@ -276,9 +287,10 @@ def _publish(job: Finetuning, folder: Path) -> None:
 
 def _write_predictions(file: Path, store: Store, scores: NDArray[np.float32]) -> None:
     names = store.label_names or []
-    lines = [",".join(["id", "group", "label", "predicted", *(f"score_{name}" for name in names)])]
+    lines = [["id", "group", "label", "predicted", *(f"score_{name}" for name in names)]]
     for row, score in enumerate(scores):
         values = [f"{value:.6f}" for value in score]
         truth, predicted = names[store.labels[row]], names[int(score.argmax())]
-        lines.append(",".join([str(store.ids[row]), str(store.groups[row]), truth, predicted, *values]))
-    file.write_text("\n".join(lines) + "\n")
+        lines.append([str(store.ids[row]), str(store.groups[row]), truth, predicted, *values])
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(lines)

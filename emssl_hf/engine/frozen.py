@@ -14,7 +14,7 @@ from torch import Tensor
 from emssl_hf.data.curation import few_labels
 from emssl_hf.data.store import Store
 from emssl_hf.engine import probe
-from emssl_hf.engine.config import FinetuneConfig, StudyConfig, merge, parse, shared_settings
+from emssl_hf.engine.config import FinetuneConfig, StudyConfig, merge, parse, shared_settings, short_name
 from emssl_hf.engine.finetune import labelled, scratch_backbone
 from emssl_hf.engine.run_folder import DONE, read_summary, write_summary
 from emssl_hf.engine.sources import input_size, open_source
@@ -37,7 +37,7 @@ class FrozenProbe:
     @property
     def output_dir(self) -> Path:
         """Where the figures go."""
-        return self.study.output_dir / "probes" / self.method
+        return self.study.output_dir / "probes" / short_name(self.method)
 
 
 def probe_backbone(job: FrozenProbe) -> Path:
@@ -72,7 +72,7 @@ def _features(job: FrozenProbe, stores: dict[str, Store], seed: int) -> Features
         torch.manual_seed(seed)
         backbone = scratch_backbone(settings.model)
     else:
-        run = job.study.output_dir / job.method
+        run = job.study.output_dir / short_name(job.method)
         backbone, _ = load_backbone(run / "pretraining", image_size=input_size(job.study.model))
         summary = read_summary(run)
         mean, std = summary["mean"], summary["std"]

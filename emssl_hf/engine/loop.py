@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -109,10 +111,12 @@ def train(job: Job, accelerator: Accelerator, folder: RunFolder) -> dict[str, fl
         if config.eval_every and ((epoch + 1) % config.eval_every == 0 or last):
             watch.require_finite(core)
             core.eval()
-            watch.log_evaluation(step, epoch, job.evaluate(epoch))
+            with watch.paused():
+                watch.log_evaluation(step, epoch, job.evaluate(epoch))
         if config.save_every and ((epoch + 1) % config.save_every == 0 or last):
             watch.require_finite(core)
-            _save(job, accelerator, folder, core, optimizer, checkpoint.Progress(epoch + 1, step))
+            with watch.paused():
+                _save(job, accelerator, folder, core, optimizer, checkpoint.Progress(epoch + 1, step))
         watch.after_epoch(epoch)
     return watch.close()
 
@@ -194,7 +198,7 @@ def _announce(job: Job, accelerator: Accelerator, peak: float, total: int, done:
     config = job.config.train
     parameters = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     accelerator.print(
-        f"{job.samples:,} images, {parameters / 1e6:.1f} M trainable parameters, "
+        f"{Path(job.config.data.path).name}: {job.samples:,} images, {parameters / 1e6:.1f} M trainable parameters, "
         f"{config.epochs} epochs = {total:,} steps\n"
         f"effective batch {config.batch_size} = {accelerator.num_processes} process(es) x "
         f"{config.batch_size // accelerator.num_processes // config.accumulation} images x {config.accumulation} "
@@ -282,7 +286,7 @@ class _Watch:
         if not math.isfinite(values["loss"]):
             raise EmsslError(
                 f"The loss became {values['loss']} at step {step}: lower --optim.base_lr or set --optim.clip_grad 1. "
-                "The last checkpoint is good."
+                "Earlier checkpoints are good."
             )
 
     def means(self) -> dict[str, float]:
@@ -297,12 +301,17 @@ class _Watch:
         """No checkpoint of a run that went wrong since the last line of metrics, be it in the last update."""
         values = [*model.parameters(), *([self.sums["loss"]] if self.sums else [])]
         if not bool(torch.stack([value.detach().isfinite().all() for value in values]).all()):
-            raise EmsslError("The loss is not finite: lower --optim.base_lr. The last checkpoint is good.")
+            raise EmsslError("The loss is not finite: lower --optim.base_lr. Earlier checkpoints are good.")
 
     def log_evaluation(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        pause = time.perf_counter()
         if values:
             self.log({"kind": "eval", "step": step, "epoch": epoch + 1, **values, "seconds": self.elapsed()}, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside does not count in images per second."""
+        pause = time.perf_counter()
+        yield
         self.since += time.perf_counter() - pause
 
     def elapsed(self) -> float:

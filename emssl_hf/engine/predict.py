@@ -1,6 +1,7 @@
 """Any model over any folder: classes to CSV, features to Parquet, going on where an earlier call stopped."""
 
 import csv
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def predict(
 
     output = Path(output)
     columns = ["path", "label", *(f"score_{name}" for name in names), "pixel_size"]
-    sink = CsvSink(output, columns, {"model": str(model), "tiles": tiles, "databar": databar})
+    sink = CsvSink(output, columns, origin(loaded, model, folder) | {"tiles": tiles, "databar": databar})
     stream(loaded, Path(folder), sink, rows, Reader(loaded.size, tiles, databar), batch_size, output)
     return output
 
@@ -143,9 +144,17 @@ def embed(
         ]
 
     output = Path(output)
-    sink = ParquetSink(output, {"model": str(model), "tiles": tiles, "databar": databar, "pool": pool})
+    sink = ParquetSink(output, origin(loaded, model, folder) | {"tiles": tiles, "databar": databar, "pool": pool})
     stream(loaded, Path(folder), sink, rows, Reader(loaded.size, tiles, databar), batch_size, output)
     return output
+
+
+def origin(loaded: Loaded, model: str | Path, folder: str | Path) -> dict[str, str]:
+    """What the rows of an output have in common: folder, model, and a digest of its weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for parameter in loaded.model.state_dict().values():
+        digest.update(np.ascontiguousarray(parameter.detach().cpu().numpy()).data)
+    return {"folder": str(Path(folder).resolve()), "model": str(model), "weights": digest.hexdigest()}
 
 
 def load_model(source: str | Path, kind: Any) -> Loaded:
@@ -171,6 +180,10 @@ def load_model(source: str | Path, kind: Any) -> Loaded:
         torch.tensor(values, device=device).view(1, -1, 1, 1)[:, : model.config.num_channels]
         for values in (processor.image_mean, processor.image_std)
     )
+    if not (processor.size.get("height") and processor.size.get("width")):
+        raise EmsslError(
+            f"{source}: its processor resizes by {dict(processor.size)}; one with height and width is needed."
+        )
     size = (processor.size["height"], processor.size["width"])
     return Loaded(model.eval().to(device), size, mean, std)
 

@@ -1,6 +1,7 @@
 """Pretraining without labels: any method of emssl_hf.models, over any micrographs."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from emssl_hf.engine.config import AugmentConfig, PretrainConfig
 from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.pictures import reconstruction_sheet
 from emssl_hf.engine.run_folder import RunFolder
-from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution
+from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution, write_skipped
 from emssl_hf.errors import EmsslError
 from emssl_hf.models import MicrographImageProcessor, Objective, View, load_objective
 from emssl_hf.models.backbone import SIZES, load_backbone, publish_backbone
@@ -34,10 +35,9 @@ class Pretraining:
 
     def __init__(self, config: PretrainConfig, model: Objective, source: Source, accelerator: Accelerator) -> None:
         self.model, self.accelerator = model, accelerator
-        with accelerator.local_main_process_first():
-            images = source.pretraining_images()
-            self.store = source.store(images, training_resolution(config.data, config.model))
-            self.probes = _probe_stores(source, config, images)
+        images = source.pretraining_images()
+        self.store = source.store(images, training_resolution(config.data, config.model))
+        self.probes = _probe_stores(source, config, images)
         self.samples, self.data_key = len(self.store), self.store.path.name
         self.config = fit_batch(config, self.samples, accelerator)
         self.depth: int = model.config.num_hidden_layers
@@ -110,7 +110,8 @@ def pretrain(config: PretrainConfig) -> Path:
         accelerator.print(f"{folder.path} is finished; nothing to do (--overwrite true starts anew)")
         return folder.path
     model = build_objective(config, accelerator)
-    job = Pretraining(config, model, open_source(config.data, accelerator), accelerator)
+    source = open_source(config.data, accelerator)
+    job = Pretraining(config, model, source, accelerator)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         job.model = nn.SyncBatchNorm.convert_sync_batchnorm(job.model)
     if config.train.gradient_checkpointing:
@@ -121,6 +122,7 @@ def pretrain(config: PretrainConfig) -> Path:
         accelerator.init_trackers("emssl_hf")
     figures = train(job, accelerator, folder)
     on_main(accelerator, lambda: save_products(job, folder, figures))
+    on_main(accelerator, lambda: write_skipped(folder.path, source, [job.store]))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path
@@ -142,13 +144,20 @@ def build_objective(config: PretrainConfig, accelerator: Accelerator) -> Objecti
             _initialise(model, config.model.init, accelerator)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise EmsslError(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise EmsslError(
+            f"The weights of {config.model.init} belong to a model of another size: give the --model.size, patch_size "
+            "and --model.options that they were made with (they stand in its config.json)."
+        ) from error
     return model
 
 
 def _initialise(model: Objective, source: str, accelerator: Accelerator) -> None:
     """Weights from `source`: all of them where it is this method's own checkpoint, else the backbone's."""
     own = Path(source) / "config.json"
-    if own.exists() and f'"model_type": "{model.config.model_type}"' in own.read_text():
+    if own.exists() and json.loads(own.read_text()).get("model_type") == model.config.model_type:
         model.load_state_dict(type(model).from_pretrained(source).state_dict())
         accelerator.print(f"all weights from {source}")
         return
@@ -190,6 +199,7 @@ def save_products(job: Pretraining, folder: RunFolder, figures: dict[str, float]
             "job": "pretrain",
             "method": model.title,
             "images": job.samples,
+            "batch_size": job.config.train.batch_size,
             "data": job.data_key,
             "split": job.config.data.split,
             "mean": job.mean,
@@ -203,8 +213,9 @@ def _probe_stores(source: Source, config: PretrainConfig, images: Any) -> dict[s
     """Images at the model's input size: of the training set, and of a labelled validation split where there is one."""
     size = input_size(config.model)
     stores = {"train": source.store(_some(images), size)}
-    if source.has_labels and source.has_splits and "validation" in source.opened.splits and "label" in images.features:
-        stores["validation"] = source.store(_some(source.opened.splits["validation"]), size)
+    splits = source.labelled_splits() if config.data.split == "train" else source.opened.splits
+    if source.has_labels and "validation" in splits and "label" in images.features:
+        stores["validation"] = source.store(_some(splits["validation"]), size)
     return stores
 
 

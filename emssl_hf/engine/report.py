@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from emssl_hf.engine.config import StudyConfig
+from emssl_hf.engine.config import StudyConfig, short_name
 from emssl_hf.engine.frozen import FrozenProbe
 from emssl_hf.engine.run_folder import read_metrics, read_summary
 from emssl_hf.engine.statistics import first_epoch, interval
@@ -41,9 +41,9 @@ def write_report(config: StudyConfig, facts: dict[str, Any], recipe: dict[str, A
     curves_picture(config, folder / "curves.png")
     confusion_picture(config, facts["classes"], folder / "confusion.png")
     for method in config.methods:
-        sheet = folder / method / "reconstructions.png"
+        sheet = folder / short_name(method) / "reconstructions.png"
         if sheet.exists():
-            shutil.copy(sheet, folder / f"reconstructions_{method}.png")
+            shutil.copy(sheet, folder / f"reconstructions_{short_name(method)}.png")
     (folder / "report.md").write_text(_markdown(config, report))
     return report
 
@@ -53,10 +53,11 @@ def figures_of(config: StudyConfig, method: str) -> dict[str, Any]:
     runs = _runs(config, method)
     tests = [read_summary(run)["test"] for run in runs]
     scratch = [read_summary(run) for run in _runs(config, "scratch")]
-    marks = [max(value for _, value in _curve(run)) for run in _runs(config, "scratch")]
+    marks = [_curve(run)[-1][1] for run in _runs(config, "scratch")]
     reached = [first_epoch(_curve(run), mark) for run, mark in zip(runs, marks, strict=True)]
     gains = [test["accuracy"] - other["test"]["accuracy"] for test, other in zip(tests, scratch, strict=True)]
     figures: dict[str, Any] = {
+        "validation_accuracy": float(np.mean([read_summary(run)["validation_accuracy"] for run in runs])),
         "accuracy": interval([test["accuracy"] for test in tests]),
         "macro_f1": interval([test["macro_f1"] for test in tests]),
         "gain": interval(gains),
@@ -67,13 +68,17 @@ def figures_of(config: StudyConfig, method: str) -> dict[str, Any]:
         "pretrain_images_per_s": None,
     }
     if method != "scratch":
-        summary = read_summary(config.output_dir / method)
+        summary = read_summary(config.output_dir / short_name(method))
         figures |= _probe_figures(config, method)
         figures["title"] = summary["method"]
         figures["pretrain_seconds"] = summary["seconds"]
-        rates = [line["images_per_s"] for line in read_metrics(config.output_dir / method) if line["kind"] == "train"]
+        rates = [
+            line["images_per_s"]
+            for line in read_metrics(config.output_dir / short_name(method))
+            if line["kind"] == "train"
+        ]
         figures["pretrain_images_per_s"] = float(np.median(rates))
-        figures["pretrain_epochs"] = read_metrics(config.output_dir / method)[-1]["epoch"]
+        figures["pretrain_epochs"] = read_metrics(config.output_dir / short_name(method))[-1]["epoch"]
     return figures
 
 
@@ -81,7 +86,7 @@ def _probe_figures(config: StudyConfig, method: str) -> dict[str, Any]:
     probe = read_summary(FrozenProbe(config, method).output_dir)
     return {
         "linear_probe": interval(probe["linear"]),
-        "linear_probe_all_labels": interval(sorted(set(probe["linear_all"]))),
+        "linear_probe_all_labels": interval(probe["linear_all"] if method == "random" else probe["linear_all"][:1]),
         "knn": interval(probe["knn"]),
         "linear_probe_features": probe["linear_pool"],
         "knn_k": probe["k"],
@@ -99,7 +104,7 @@ def _long_run(run: Path) -> dict[str, Any]:
 
 
 def _runs(config: StudyConfig, method: str) -> list[Path]:
-    return [config.output_dir / "finetune" / f"{method}-{seed}" for seed in config.seeds]
+    return [config.output_dir / "finetune" / f"{short_name(method)}-{seed}" for seed in config.seeds]
 
 
 def _curve(run: Path) -> list[tuple[int, float]]:
@@ -167,11 +172,12 @@ def _percent(figure: dict[str, Any], sign: bool = False) -> str:
     return mean if figure["ci95"] is None else f"{mean} ± {100 * figure['ci95']:.1f}"
 
 
-def _row(method: str, figures: dict[str, Any]) -> list[str]:
+def _row(method: str, figures: dict[str, Any], transductive: bool) -> list[str]:
     reached = figures["epochs_to_scratch"]
     rate = figures["pretrain_images_per_s"]
+    title = figures.get("title", method)
     return [
-        figures.get("title", method),
+        f"{title}, transductive" if transductive and method != "scratch" else title,
         _percent(figures["accuracy"]),
         "" if method == "scratch" else _percent(figures["gain"], sign=True),
         _percent(figures["macro_f1"]),
@@ -185,7 +191,7 @@ def _row(method: str, figures: dict[str, Any]) -> list[str]:
 
 
 _HEAD = [
-    "start", "accuracy, %", "gain over scratch", "macro-F1, %", "epochs to scratch's best",
+    "start", "accuracy, %", "gain over scratch", "macro-F1, %", "epochs to scratch's final accuracy",
     "linear probe, all labels, %", "linear probe, %", "kNN, %", "pretraining, images/s", "pretraining time",
 ]  # fmt: skip
 
@@ -196,7 +202,8 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _markdown(config: StudyConfig, report: dict[str, Any]) -> str:
-    facts, rows = report["facts"], [_row(name, figures) for name, figures in report["methods"].items()]
+    facts = report["facts"]
+    rows = [_row(name, figures, facts["transductive"]) for name, figures in report["methods"].items()]
     random = report["random_weights"]
     probes = [_percent(random[name]) for name in ("linear_probe_all_labels", "linear_probe", "knn")]
     rows.append(["random weights", "", "", "", "", *probes, "", ""])
@@ -215,7 +222,7 @@ def _markdown(config: StudyConfig, report: dict[str, Any]) -> str:
         "## Confusion\n\n![Confusion matrices of the test split](confusion.png)",
         *_reconstructions(config),
         _protocol(config, report),
-        _next(config),
+        _next(config, report),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -237,15 +244,17 @@ def _reading(config: StudyConfig, report: dict[str, Any]) -> str:
         f"Test accuracy after {epochs} epochs of fine-tuning, mean ± 95 % interval (Student's t) over seeds "
         f"{', '.join(map(str, config.seeds))}; a seed draws the labels, the head, the order and the augmentation, and "
         "gains are paired by seed. There is one pretraining per method, so the intervals do not cover its seed. "
-        "Epochs to scratch's best: when validation accuracy first reaches the best of the scratch run with the same "
-        "seed. Linear probe and kNN use frozen features and the same labels; 'all labels' means every training label."
+        "Epochs to scratch's final accuracy: when validation accuracy first reaches that of the scratch run with the "
+        "same seed at its end. Linear probe and kNN use frozen features and the same labels; 'all labels' means every "
+        "training label."
     )
 
 
 def _reconstructions(config: StudyConfig) -> list[str]:
-    found = [m for m in config.methods if (config.output_dir / f"reconstructions_{m}.png").exists()]
+    found = [m for m in config.methods if (config.output_dir / f"reconstructions_{short_name(m)}.png").exists()]
     return [
-        f"## Reconstructions, {_title(m)}\n\n![Reconstructions by {_title(m)}](reconstructions_{m}.png)" for m in found
+        f"## Reconstructions, {_title(m)}\n\n![Reconstructions by {_title(m)}](reconstructions_{short_name(m)}.png)"
+        for m in found
     ]
 
 
@@ -282,11 +291,11 @@ def _candidates(config: StudyConfig, recipe: dict[str, Any]) -> str:
     return _table(["candidate", "differs in", "validation accuracy, %"], rows)
 
 
-def _next(config: StudyConfig) -> str:
-    best = next(iter(config.methods))
+def _next(config: StudyConfig, report: dict[str, Any]) -> str:
+    best = max(config.methods, key=lambda method: report["methods"][method]["validation_accuracy"])
     return (
         "## Next\n\n```\n"
-        f"emssl predict {config.output_dir / best / 'classifier'} FOLDER --output predictions.csv\n"
-        f"emssl embed {config.output_dir / best / 'backbone'} FOLDER --output features.parquet\n"
+        f"emssl predict {config.output_dir / short_name(best) / 'classifier'} FOLDER --output predictions.csv\n"
+        f"emssl embed {config.output_dir / short_name(best) / 'backbone'} FOLDER --output features.parquet\n"
         "emssl study --config study_vit_tiny --data.path FOLDER_WITH_CLASSES --output_dir runs/mine\n```"
     )

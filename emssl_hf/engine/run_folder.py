@@ -36,6 +36,8 @@ class RunFolder:
                 shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_same_run()
+            if self.finished:
+                return  # its record is closed
             again = dataclasses.replace(self.config, overwrite=False)  # the recipe of a run must not delete it
             write_atomically(self.path / "run.yaml", _header(self.job) + to_yaml(again))
         except OSError as error:
@@ -54,6 +56,11 @@ class RunFolder:
         stored, mine = yaml.safe_load(recipe.read_text()), result_settings(self.config)
         there = {key: _setting(stored, key) for key in mine}
         different = sorted(key for key in mine if there[key] != mine[key])
+        if self.finished and (other := _setting(stored, "data.path")) != (path := self.config.data.path):
+            raise EmsslError(
+                f"{self.path} holds a finished run on {other}, and not on {path}: choose another --output_dir, or give "
+                "--overwrite true to delete that run and start anew."
+            )
         if different and self._has_begun():
             changes = ", ".join(f"{key} ({there[key]} there, {mine[key]} here)" for key in different)
             raise EmsslError(
@@ -73,10 +80,6 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as ended, with its closing figures."""
         write_summary(self.path, summary)
-
-    def summary(self) -> dict[str, Any]:
-        """The closing figures of a finished run."""
-        return read_summary(self.path)
 
 
 def _is_empty(path: Path) -> bool:

@@ -1,6 +1,9 @@
 """From the data settings of a run to the stores that it trains and is judged on."""
 
+import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 from accelerate import Accelerator
@@ -67,16 +70,23 @@ class Source:
 
 
 def open_source(config: DataConfig, accelerator: Accelerator) -> Source:
-    """Open the data set that the settings name; one process per machine does the work, the others wait."""
+    """Open the data set that the settings name; where several processes do, file locks let one do the work."""
     options = dict(config.options) if config.path == "synthsem" else {}
     if config.labels != "auto":
         options["labels"] = None if config.labels == "none" else config.labels
-    with accelerator.local_main_process_first():
-        opened = open_dataset(config.path, options=options)
+    opened = open_dataset(config.path, options=options)
     if opened.skipped and accelerator.is_main_process:
         path, reason = opened.skipped[0]
         accelerator.print(f"{len(opened.skipped)} files left out, the first: {path}: {reason}")
     return Source(opened, config, quiet=not accelerator.is_main_process)
+
+
+def write_skipped(run: Path, source: Source, stores: Sequence[Store]) -> None:
+    """skipped.csv of a run: every file that was left out, with the reason; no file where there is none."""
+    rows = [*source.opened.skipped, *((lost.path, lost.reason) for store in stores for lost in store.skipped)]
+    if rows:
+        with (run / "skipped.csv").open("w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream, lineterminator="\n").writerows([("path", "reason"), *rows])
 
 
 def input_size(model: ModelConfig) -> tuple[int, int]:

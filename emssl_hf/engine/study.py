@@ -1,9 +1,11 @@
 """The comparison of pretraining methods with training from scratch: which runs it takes, in which order, how read."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from emssl_hf.engine.config import (
     merge,
     parse,
     shared_settings,
+    short_name,
 )
 from emssl_hf.engine.finetune import finetune
 from emssl_hf.engine.frozen import FrozenProbe, probe_backbone
@@ -53,6 +56,9 @@ def study(config: StudyConfig) -> Path:
 
     Raises EmsslError where a stage fails, naming the stage; finished stages are kept.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EmsslError("A study starts its own processes: run it without a launcher, as `emssl study ...`.")
+    config = with_split(config)
     folder = RunFolder(config, "study")
     folder.prepare()
     if folder.finished:
@@ -74,9 +80,24 @@ def study(config: StudyConfig) -> Path:
     return folder.path
 
 
+def with_split(config: StudyConfig) -> StudyConfig:
+    """`pretrain.split` is short for `data.split`, which says what pretraining sees.
+
+    Raises EmsslError where any run would have other data than the study.
+    """
+    pretrain = dict(config.pretrain)
+    split = pretrain.pop("split", config.data.split)
+    if any("data" in settings for settings in (pretrain, config.finetune, *config.scratch, *config.methods.values())):
+        raise EmsslError("All runs of a study have the same data: set it once, as --data.path, --data.split and so on.")
+    if not config.methods or not config.seeds or not config.scratch:
+        raise EmsslError("A study needs at least one entry in methods, in seeds and in scratch.")
+    data = dataclasses.replace(config.data, split=split)
+    return dataclasses.replace(config, data=data, pretrain=pretrain, seeds=list(dict.fromkeys(config.seeds)))
+
+
 def default_jobs() -> int:
     """Small runs use cores better side by side than one after another; a GPU takes one run at a time."""
-    return 1 if torch.cuda.is_available() else cores()
+    return 1 if torch.cuda.is_available() else min(cores(), 8)
 
 
 def prepare_data(source: Source, config: StudyConfig) -> dict[str, Any]:
@@ -105,7 +126,7 @@ def pretraining_stages(config: StudyConfig) -> list[Stage]:
     """One pretraining per method."""
     stages = []
     for method, own in config.methods.items():
-        fixed = {"method": method, "output_dir": str(config.output_dir / method)}
+        fixed = {"method": method, "output_dir": str(config.output_dir / short_name(method))}
         settings = parse(PretrainConfig, merge(shared_settings(config), config.pretrain, own, fixed))
         stages.append(Stage(method, partial(_same, settings), settings.train.epochs))
     return stages
@@ -117,7 +138,7 @@ def sweep_stages(config: StudyConfig) -> list[Stage]:
         return []
     stages = []
     for number, candidate in enumerate(config.scratch):
-        settings = _finetuning(config, f"sweep/{number}", config.seeds[0], candidate)
+        settings = _finetuning(config, f"sweep/{number}", config.seeds[0], merge(candidate, {"test": False}))
         stages.append(Stage(f"scratch, candidate {number}", partial(_same, settings), settings.train.epochs))
     return stages
 
@@ -142,8 +163,8 @@ def finetuning_stages(config: StudyConfig) -> list[Stage]:
     for seed in config.seeds:
         stages.append(Stage(f"scratch, seed {seed}", partial(_scratch, config, seed, False), epochs, sweep))
         for method in config.methods:
-            own = {"model": {"init": str(config.output_dir / method / "pretraining")}}
-            settings = _finetuning(config, f"finetune/{method}-{seed}", seed, own)
+            own = {"model": {"init": str(config.output_dir / short_name(method) / "pretraining")}}
+            settings = _finetuning(config, f"finetune/{short_name(method)}-{seed}", seed, own)
             stages.append(Stage(f"{method}, seed {seed}", partial(_same, settings), epochs, (method,)))
     return stages
 
@@ -222,13 +243,17 @@ def run_stage(settings: Settings, threads: int) -> Path:
     file = log_file(settings.output_dir)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
-        match settings:
-            case PretrainConfig():
-                return pretrain(settings)
-            case FinetuneConfig():
-                return finetune(settings)
-            case FrozenProbe():
-                return probe_backbone(settings)
+        try:
+            match settings:
+                case PretrainConfig():
+                    return pretrain(settings)
+                case FinetuneConfig():
+                    return finetune(settings)
+                case FrozenProbe():
+                    return probe_backbone(settings)
+        except Exception:
+            traceback.print_exc()  # into the log; the message alone goes up
+            raise
 
 
 def log_file(run: Path) -> Path:
@@ -254,9 +279,9 @@ def closing_line(run: Path) -> str:
 
 def collect_products(config: StudyConfig, method: str) -> None:
     """`<study>/<method>/` gets the classifier that is best on validation; scratch gets its backbone too."""
-    runs = [config.output_dir / "finetune" / f"{method}-{seed}" for seed in config.seeds]
+    runs = [config.output_dir / "finetune" / f"{short_name(method)}-{seed}" for seed in config.seeds]
     best = max(runs, key=lambda run: read_summary(run)["validation_accuracy"])
-    home = config.output_dir / method
+    home = config.output_dir / short_name(method)
     shutil.copytree(best / "classifier", home / "classifier", dirs_exist_ok=True)
     if method == "scratch":
         publish_backbone(load_backbone(best / "classifier")[0]).save_pretrained(home / "backbone")

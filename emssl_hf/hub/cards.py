@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from emssl_hf import __version__
@@ -47,8 +47,8 @@ def _pretrained(run: Path, recipe: dict[str, Any], summary: dict[str, Any]) -> d
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        license="apache-2.0",
-        tags=["electron-microscopy", "self-supervised-learning", recipe["method"]],
+        license=_licence(recipe),
+        tags=["electron-microscopy", "self-supervised-learning", Path(recipe["method"]).stem],
     )
     transductive = " The images include validation and test images: figures made with it are transductive."
     return {
@@ -69,19 +69,24 @@ def _pretrained(run: Path, recipe: dict[str, Any], summary: dict[str, Any]) -> d
 def _finetuned(run: Path, recipe: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
     test, budget = summary["test"], recipe["labels_per_class"]
     labels = "all labels" if budget is None else f"{budget} labelled images per class"
-    results = [
-        EvalResult("image-classification", "image-folder", _data_name(recipe), name, test[key], dataset_split="test")
-        for name, key in (("accuracy", "accuracy"), ("f1", "macro_f1"))
-    ]
+    results = (
+        []
+        if test is None
+        else [
+            EvalResult(
+                "image-classification", "image-folder", _data_name(recipe), name, test[key], dataset_split="test"
+            )
+            for name, key in (("accuracy", "accuracy"), ("f1", "macro_f1"))
+        ]
+    )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        license="apache-2.0",
+        license=_licence(recipe),
         model_name=run.name,
-        eval_results=results,
+        eval_results=results or None,
         tags=["electron-microscopy"],
     )
-    rows = [f"| {name} | {100 * recall:.1f} |" for name, recall in zip(summary["classes"], test["recall"], strict=True)]
     start = recipe["model"]["init"]
     return {
         "metadata": data.to_yaml(),
@@ -92,11 +97,28 @@ def _finetuned(run: Path, recipe: dict[str, Any], summary: dict[str, Any]) -> di
         'classify = pipeline("image-classification", "classifier")\n'
         'print(classify("micrograph.png"))',
         "facts": _facts(run, recipe, summary, "classifier"),
-        "results": f"Test split, scored once: accuracy {100 * test['accuracy']:.1f} %, macro-F1 "
-        f"{100 * test['macro_f1']:.1f} %. One run, one seed.\n\n| class | recall, % |\n|---|---|\n" + "\n".join(rows),
+        "results": "" if test is None else _results(summary["classes"], test),
         "picture": "",
         "citation": "",
     }
+
+
+def _results(classes: list[str], test: dict[str, Any]) -> str:
+    rows = [f"| {name} | {100 * recall:.1f} |" for name, recall in zip(classes, test["recall"], strict=True)]
+    head = f"accuracy {100 * test['accuracy']:.1f} %, macro-F1 {100 * test['macro_f1']:.1f} %"
+    return f"Test split, scored once: {head}. One run, one seed.\n\n| class | recall, % |\n|---|---|\n" + "\n".join(
+        rows
+    )
+
+
+def _licence(recipe: dict[str, Any]) -> str:
+    """Ours for weights trained here; that of the weights they start from, as far as their card says, otherwise."""
+    start = recipe["model"]["init"]
+    if not start:
+        return "apache-2.0"
+    cards = [folder / "README.md" for folder in (Path(start), Path(start).parent)]
+    known = [ModelCard.load(card).data.license for card in cards if card.is_file()]
+    return next((licence for licence in known if licence), "other")
 
 
 def _facts(run: Path, recipe: dict[str, Any], summary: dict[str, Any], product: str) -> list[tuple[str, str]]:
@@ -105,7 +127,7 @@ def _facts(run: Path, recipe: dict[str, Any], summary: dict[str, Any], product: 
     return [
         ("data", _data_name(recipe)),
         ("images", f"{summary['images']:,}"),
-        ("epochs, effective batch", f"{train['epochs']}, {train['batch_size']}"),
+        ("epochs, effective batch", f"{train['epochs']}, {summary['batch_size']}"),
         ("learning rate (base), weight decay", f"{optim['base_lr']}, {optim['weight_decay']}"),
         ("time", f"{summary['seconds']:.0f} s"),
         ("pixel mean and standard deviation", f"{summary['mean']:.4f}, {summary['std']:.4f}"),

@@ -245,6 +245,7 @@ def _processor(model: ViTModel) -> Any:
 def _readme(checkpoint: Checkpoint, model: ViTModel | Objective, written: Sequence[str]) -> str:
     folders = ", ".join(f"`{part}/`" for part in written if part != "readme")
     return (
+        f"---\nlicense: {checkpoint.project.licence_id}\nlibrary_name: transformers\n---\n\n"
         f"# {checkpoint.path.name}, converted\n\n"
         f"Weights of {checkpoint.project.name}, converted by `emssl convert` to {type(model).__name__}: "
         f"{folders}.\n"

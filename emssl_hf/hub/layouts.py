@@ -26,6 +26,8 @@ class Project:
     renames: tuple[tuple[str, str], ...]
     """Patterns and replacements, applied one after another to every name."""
     licence: str
+    licence_id: str
+    """As the Hub writes it."""
 
 
 _BLOCK = (
@@ -54,6 +56,7 @@ MAE = Project(
         *_EMBEDDINGS,
     ),
     licence=_CC_BY_NC,
+    licence_id="cc-by-nc-4.0",
 )
 MOCOV3 = Project(
     name="facebookresearch/moco-v3",
@@ -70,6 +73,7 @@ MOCOV3 = Project(
         *_EMBEDDINGS,
     ),
     licence=_CC_BY_NC,
+    licence_id="cc-by-nc-4.0",
 )
 MMPRETRAIN = Project(
     name="open-mmlab/mmpretrain",
@@ -89,6 +93,7 @@ MMPRETRAIN = Project(
         *_EMBEDDINGS,
     ),
     licence="Apache License 2.0",
+    licence_id="apache-2.0",
 )
 PROJECTS = (MOCOV3, MMPRETRAIN, MAE)
 
