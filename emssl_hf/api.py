@@ -1,5 +1,6 @@
 """The jobs as functions, for notebooks and scripts: the same settings, run folders and messages as the command line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ embed = prediction.embed
 predict = prediction.predict
 
 
+#: A folder of micrographs, a saved or Hub data set, `synthsem`; or all data settings: {"path": ..., "databar": "keep"}.
+Data = str | Path | Mapping[str, Any]
+
+
 def pretrain(
-    data: str | Path,
+    data: Data,
     output_dir: str | Path,
     *,
     method: str | None = None,
@@ -35,7 +40,7 @@ def pretrain(
 
 
 def finetune(
-    data: str | Path,
+    data: Data,
     output_dir: str | Path,
     *,
     init: str | Path | None = None,
@@ -48,7 +53,7 @@ def finetune(
 
 
 def study(
-    data: str | Path = "synthsem",
+    data: Data = "synthsem",
     output_dir: str | Path = "runs/study",
     *,
     recipe: str | Path | None = None,
@@ -96,9 +101,10 @@ def _config(
     kind: type[T],
     recipe: str | Path | None,
     settings: dict[str, Any],
-    data: str | Path,
+    data: Data,
     output_dir: str | Path,
     own: dict[str, Any],
 ) -> T:
     base = load_recipe(recipe) if recipe is not None else {}
-    return parse(kind, merge(base, own, settings, {"data": {"path": str(data)}, "output_dir": str(output_dir)}))
+    data_settings = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
+    return parse(kind, merge(base, own, settings, {"data": data_settings, "output_dir": str(output_dir)}))

@@ -115,9 +115,11 @@ def test_sixteen_bits_keep_their_levels_or_are_stretched(tmp_path: Path) -> None
     Image.fromarray(levels).save(tmp_path / "set" / "deep.png")
     dataset = open_folder(tmp_path / "set").splits["train"]
     deep = build(dataset, tmp_path / "stores", size=40, dtype="uint16")
-    np.testing.assert_array_equal(deep.image(0), levels)
-    assert deep.gather([0])[0].dtype == torch.int32 and int(deep.gather([0])[0].max()) == 36863
-    assert deep.mean == pytest.approx(levels.mean() / 65535)
+    low, high = np.percentile(levels, (0.1, 99.9))
+    expected = np.clip((levels - low) / (high - low), 0, 1) * 65535
+    np.testing.assert_allclose(deep.image(0), expected, atol=60)  # under 1e-3 of the range
+    assert deep.gather([0])[0].dtype == torch.int32 and int(deep.gather([0])[0].max()) == 65535
+    assert len(np.unique(deep.image(0))) > 0.99 * len(np.unique(levels))
     narrow = build(dataset, tmp_path / "stores", size=40)
     assert len(np.unique(narrow.image(0))) == 256
     assert narrow.stretches[0] == pytest.approx([33069, 36863], abs=10)

@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoModelForImageClassification
 from emssl_hf import api
 from emssl_hf.engine.config import StudyConfig, parse
 from emssl_hf.engine.run_folder import read_metrics, read_summary
+from emssl_hf.engine.study import with_split
 from emssl_hf.errors import EmsslError
 
+DATA = {"path": "synthsem", "options": {"images": 300, "size": 32}, "split": "train", "resolution": 32}
 SETTINGS: dict[str, Any] = {
-    "data": {"path": "synthsem", "options": {"images": 300, "size": 32}, "split": "train", "resolution": 32},
     "model": {
         "size": "tiny",
         "image_size": 32,
@@ -49,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("study") / "study"
-    return api.study("synthsem", place, **SETTINGS)
+    return api.study(DATA, place, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +119,12 @@ def test_a_second_run_repeats_nothing_and_a_lost_stage_is_made_again(folder: Pat
         return {str(file): file.stat().st_mtime_ns for file in folder.glob("**/finished.json")}
 
     before = times()
-    api.study("synthsem", folder, **SETTINGS)
+    api.study(DATA, folder, **SETTINGS)
     assert times() == before
     figures = (folder / "report.json").read_text()
     (folder / "finished.json").unlink()
     (folder / "finetune" / "mff-1" / "finished.json").unlink()
-    api.study("synthsem", folder, **SETTINGS)
+    api.study(DATA, folder, **SETTINGS)
     after = times()
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {str(folder / "finished.json"), str(folder / "finetune" / "mff-1" / "finished.json")}
@@ -139,16 +140,25 @@ def test_transductive_studies_say_so(tmp_path: Path) -> None:
 
 
 def test_an_unlabelled_folder_is_refused(tmp_path: Path, micrograph_folder: Path) -> None:
-    settings = {**SETTINGS, "data": {"labels": "none"}}
     with pytest.raises(EmsslError, match="no labels"):
-        api.study(micrograph_folder, tmp_path / "study", **settings)
+        api.study({"path": str(micrograph_folder), "labels": "none"}, tmp_path / "study", **SETTINGS)
 
 
 def test_a_misspelt_setting_is_named(tmp_path: Path) -> None:
+    tiny = {"path": "synthsem", "options": {"images": 120, "size": 32}}
     with pytest.raises(EmsslError, match="epoks"):
-        api.study(
-            "synthsem", tmp_path / "s", finetune={"train": {"epoks": 3}}, data={"options": {"images": 120, "size": 32}}
-        )
+        api.study(tiny, tmp_path / "study", finetune={"train": {"epoks": 3}})
+
+
+@pytest.mark.parametrize("where", ["pretrain", "finetune"])
+def test_no_run_may_see_other_data_than_the_study(tmp_path: Path, where: str) -> None:
+    with pytest.raises(EmsslError, match="same data"):
+        api.study(DATA, tmp_path / "study", **{where: {"data": {"split": "all"}}})
+
+
+def test_pretraining_on_all_images_is_allowed_and_said() -> None:
+    config = with_split(parse(StudyConfig, {"pretrain": {"split": "all", "train": {"epochs": 1}}}))
+    assert config.data.split == "all" and config.pretrain == {"train": {"epochs": 1}}
 
 
 def test_settings_are_typed() -> None:
