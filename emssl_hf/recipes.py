@@ -11,8 +11,14 @@ from emssl_hf.errors import EmsslError
 
 def recipe_folder() -> Path:
     """Where the recipes lie: inside an installed wheel, or in training/ of a clone."""
-    packed = Path(str(files("emssl_hf"))) / "recipes"
-    return packed if packed.is_dir() else packed.parents[1] / "training" / "recipes"
+    return shipped("recipes", "training")
+
+
+def shipped(name: str, room: str) -> Path:
+    """A folder that the wheel carries inside the package, and a clone in one of its rooms."""
+    package = Path(str(files("emssl_hf")))
+    packed = package / "shipped" / name
+    return packed if packed.is_dir() else package.parent / room / name
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -17,11 +17,12 @@ ALLOWED = {
     "errors": set[str](),
     "randomness": set[str](),
     "machine": set[str](),
+    "recipes": {"errors"},
     "models": set[str](),
     "data": {"errors", "machine", "randomness"},
     "augment": {"models", "data", "errors", "machine", "randomness"},
     "engine": {"augment", "models", "data", "errors", "machine", "randomness"},
-    "hub": {"engine", "augment", "models", "data", "errors", "machine", "randomness"},
+    "hub": {"recipes", "engine", "augment", "models", "data", "errors", "machine", "randomness"},
 }
 #: In the files that travel as remote code nothing else is there.
 MODEL_LIBRARIES = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}

@@ -251,6 +251,7 @@ class _Watch:
             disable=quiet or self.lines,
             smoothing=0.1,
         )
+        self.log_every = max(1, min(self.config.log_every, total // self.config.epochs))  # one line an epoch at least
         self.sums: dict[str, Tensor] = {}
         self.micro_steps = 0
         self.images = 0
@@ -272,7 +273,7 @@ class _Watch:
         self.images += self.config.batch_size
         self.bar.update(self.config.batch_size)
         self.now = (step, epoch, lr)
-        if step % self.config.log_every == 0:
+        if step % self.log_every == 0:
             self.write_line(step, epoch, lr)
 
     def write_line(self, step: int, epoch: int, lr: float) -> None:

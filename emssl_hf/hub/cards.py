@@ -1,7 +1,6 @@
 """Run folder -> model card: everything that it says comes from the run's own record."""
 
 import hashlib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from emssl_hf import __version__
 from emssl_hf.engine.run_folder import read_summary
 from emssl_hf.models import load_objective
+from emssl_hf.recipes import shipped
 
 NFFA_LIMITS = "NFFA-EUROPE is one instrument in one laboratory: results on it do not show how the model does elsewhere."
 SYNTHETIC_LIMITS = (
@@ -31,14 +31,8 @@ def write_card(run: Path) -> Path:
     return file
 
 
-def template_folder() -> Path:
-    """Where the templates lie: inside an installed wheel, or in model_cards/ of a clone."""
-    packed = Path(str(files("emssl_hf"))) / "templates"
-    return packed if packed.is_dir() else packed.parents[1] / "model_cards" / "templates"
-
-
 def _environment() -> Environment:
-    loader = FileSystemLoader(template_folder())
+    loader = FileSystemLoader(shipped("templates", "model_cards"))
     return Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
