@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers.utils import logging
 
 from emssl_hf.data.curation import overlap
 from emssl_hf.engine.config import (
@@ -58,6 +59,7 @@ def study(config: StudyConfig) -> Path:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EmsslError("A study starts its own processes: run it without a launcher, as `emssl study ...`.")
+    logging.disable_progress_bar()  # the study has its own
     config = with_split(config)
     folder = RunFolder(config, "study")
     folder.prepare()
