@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from emssl_hf.engine.config import StudyConfig, short_name
 from emssl_hf.engine.frozen import FrozenProbe
@@ -135,6 +136,7 @@ def curves_picture(config: StudyConfig, file: Path) -> None:
         label = f"scratch, best of {int(curve[-1, 0])} epochs"
         across = axis.get_yaxis_transform()  # x in shares of the axis, y in %
         axis.text(0.01, 100 * curve[:, 1].max(), label, transform=across, fontsize=8, color=SCRATCH, va="bottom")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="fine-tuning epoch", ylabel="validation accuracy, %")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.9")
