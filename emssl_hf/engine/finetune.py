@@ -25,7 +25,7 @@ from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.metrics import classification_figures
 from emssl_hf.engine.pretrain import geometry_of
 from emssl_hf.engine.run_folder import RunFolder
-from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution, write_skipped
+from emssl_hf.engine.sources import Source, input_size, open_source, share_of, training_resolution, write_skipped
 from emssl_hf.errors import EmsslError
 from emssl_hf.models import View
 from emssl_hf.models.backbone import SIZES, build_backbone, load_backbone, to_channels
@@ -69,14 +69,8 @@ class Finetuning:
         )
 
     def batches(self, epoch: int, rank: int, world: int) -> Iterator[Batch]:
-        return batches(
-            self.store,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            rank=rank,
-            world=world,
-        )
+        size, seed = self.config.train.batch_size, self.config.seed
+        return batches(self.store, batch_size=size, seed=seed, epoch=epoch, rank=rank, world=world)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         config, keys = self.config.augment, sample_keys(self.config.seed, epoch, batch.indices)
@@ -109,10 +103,8 @@ class Finetuning:
     def predict(self, split: str) -> NDArray[np.float32]:
         """Class probabilities (N, K) of a split, each process computing its share."""
         store, accelerator = self.stores[split], self.accelerator
-        rank, world = accelerator.process_index, accelerator.num_processes
-        edges = [len(store) * part // world for part in range(world + 1)]
-        mine = classify(self.model, store, self.mean, self.std, rows=range(edges[rank], edges[rank + 1]))
-        return np.concatenate(gather_object([mine])) if world > 1 else mine
+        mine = classify(self.model, store, self.mean, self.std, rows=share_of(len(store), accelerator))
+        return np.concatenate(gather_object([mine])) if accelerator.num_processes > 1 else mine
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from emssl_hf.engine.config import AugmentConfig, PretrainConfig
 from emssl_hf.engine.loop import fit_batch, make_accelerator, on_main, train
 from emssl_hf.engine.pictures import reconstruction_sheet
 from emssl_hf.engine.run_folder import RunFolder
-from emssl_hf.engine.sources import Source, input_size, open_source, training_resolution, write_skipped
+from emssl_hf.engine.sources import Source, input_size, open_source, share_of, training_resolution, write_skipped
 from emssl_hf.errors import EmsslError
 from emssl_hf.models import MicrographImageProcessor, Objective, View, load_objective
 from emssl_hf.models.backbone import SIZES, load_backbone, publish_backbone
@@ -49,14 +49,8 @@ class Pretraining:
         self.draws = model.draws(model.config)
 
     def batches(self, epoch: int, rank: int, world: int) -> Iterator[Batch]:
-        return batches(
-            self.store,
-            batch_size=self.config.train.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            rank=rank,
-            world=world,
-        )
+        size, seed = self.config.train.batch_size, self.config.seed
+        return batches(self.store, batch_size=size, seed=seed, epoch=epoch, rank=rank, world=world)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         keys = sample_keys(self.config.seed, epoch, batch.indices)
@@ -87,12 +81,9 @@ class Pretraining:
 
     def _features(self, store: Store) -> dict[probe.Pool, Tensor]:
         """Features of the whole store on every process, each having computed its share."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        edges = [len(store) * part // world for part in range(world + 1)]
-        mine = probe.extract(
-            self.model.backbone, store, mean=self.mean, std=self.std, rows=range(edges[rank], edges[rank + 1])
-        )
-        if world == 1:
+        rows = share_of(len(store), self.accelerator)
+        mine = probe.extract(self.model.backbone, store, mean=self.mean, std=self.std, rows=rows)
+        if self.accelerator.num_processes == 1:
             return mine
         parts = gather_object([mine])
         return {pool: torch.cat([part[pool] for part in parts]) for pool in mine}

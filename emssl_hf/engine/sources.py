@@ -89,6 +89,12 @@ def write_skipped(run: Path, source: Source, stores: Sequence[Store]) -> None:
             csv.writer(stream, lineterminator="\n").writerows([("path", "reason"), *rows])
 
 
+def share_of(count: int, accelerator: Accelerator) -> range:
+    """The rows out of `count` that this process evaluates: consecutive, as evenly as it goes."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
 def input_size(model: ModelConfig) -> tuple[int, int]:
     """(height, width) of the model's input."""
     size = model.image_size
