@@ -154,9 +154,7 @@ def _initialise(model: Objective, source: str, accelerator: Accelerator) -> None
         return
     backbone, notes = load_backbone(source, channels=model.config.num_channels, image_size=model.config.image_size)
     model.backbone.load_state_dict(backbone.state_dict())
-    copy: Any = getattr(model, "update_momentum", None)
-    if copy is not None:
-        copy(0.0)  # a momentum network starts as a copy of the trained one
+    model.backbone_replaced()
     new = sorted({name.split(".")[0] for name, _ in model.named_parameters()} - {"backbone"})
     accelerator.print(f"backbone from {source} ({'; '.join(notes) or 'unchanged'}); new: {', '.join(new) or 'nothing'}")
 

@@ -122,6 +122,10 @@ class MoCoV3ForPreTraining(Objective):
         loss_2, accuracy_2 = contrastive_loss(second, first_key, self.config.temperature)
         return MoCoV3Output(loss_1 + loss_2, (accuracy_1 + accuracy_2) / 2, hidden)
 
+    def backbone_replaced(self) -> None:
+        """The momentum network starts as a copy of the trained one."""
+        self.update_momentum(0.0)
+
     @torch.no_grad()
     def update_momentum(self, momentum: float) -> None:
         """Parameters of the momentum network become m * old + (1 - m) * trained; buffers stay."""

@@ -161,6 +161,9 @@ class Objective(PreTrainedModel):
     def after_step(self, progress: float) -> None:
         """Called once after every optimizer step; `progress` runs from 0 to 1 over the training."""
 
+    def backbone_replaced(self) -> None:
+        """Called when the backbone has been given other weights, before training: what is derived from it follows."""
+
     def freeze(self) -> None:
         """Take what the method does not train from the optimizer; extended by methods that freeze more."""
         freeze_positions(self.backbone)
